@@ -240,3 +240,36 @@ def load_encoder(source):
         weights[name] = torch.cat([theirs[part].float() for part in parts])
     load_weights(encoder, weights, folder / "model.safetensors")
     return encoder.eval()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Metrics
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def linear_probe(train_features, train_labels, test_features, test_labels, strengths=(0.001, 0.01, 0.1)):
+    """Accuracy in [0, 1] on the test set of multinomial logistic regression on standardised features (n, d).
+
+    `strengths` are values of C, the weight of the data against half the squared norm of the weights; the best of them
+    counts, as for the figures in the README. The problem is convex, so the answer does not depend on a seed.
+    """
+    mean, std = train_features.double().mean(0), train_features.double().std(0) + 1e-6
+    train, test = (train_features.double() - mean) / std, (test_features.double() - mean) / std
+    classes = int(max(train_labels.max(), test_labels.max())) + 1
+    best = 0.0
+    weight = torch.zeros(classes, train.shape[1], dtype=torch.float64, requires_grad=True)
+    bias = torch.zeros(classes, dtype=torch.float64, requires_grad=True)
+    for C in strengths:  # from the strongest regularisation on, each solution is the start of the next
+        optimizer = torch.optim.LBFGS([weight, bias], max_iter=300, tolerance_grad=1e-5, line_search_fn="strong_wolfe")
+
+        def closure():
+            optimizer.zero_grad()
+            logits = train @ weight.T + bias  # (n, classes)
+            loss = F.cross_entropy(logits, train_labels, reduction="sum") + weight.pow(2).sum() / (2 * C)
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+        accuracy = ((test @ weight.T + bias).argmax(1) == test_labels).double().mean().item()
+        best = max(best, accuracy)
+    return best

@@ -135,3 +135,16 @@ def main():
 
 if __name__ == "__main__":
     main()
+
+
+# Output:
+#
+# noto     1,624 images: 1,300 train, 324 val
+# fluent   1,598 images: 1,280 train, 318 val
+# twemoji  1,610 images: 1,286 train, 324 val
+# names    1,635 in all: 1,308 train, 327 val
+# noto_64.webp     1,719,262 bytes
+# fluent3d_64.webp 1,421,628 bytes
+# twemoji_64.webp  1,400,142 bytes
+# index.json         557,167 bytes
+# 1,575 emoji are in all three styles, 315 of them val

@@ -92,3 +92,13 @@ def main():
 
 if __name__ == "__main__":
     main()
+
+
+# Output:
+#
+# photo      210 images:   168 train,  42 val
+# names      210 in all:   168 train,  42 val
+# photos_128.webp  1,055,004 bytes
+# index.json          45,949 bytes
+#  88 photos are CC0-1.0
+# 122 photos are Public Domain
