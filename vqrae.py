@@ -11,14 +11,19 @@ Images are float tensors (B, 3, H, W) in [0, 1] everywhere; each encoder applies
 
 import json
 import math
+import os
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageOps
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torchvision.transforms import functional as pixels
 
 
 class InputError(ValueError):
@@ -213,8 +218,8 @@ def load_encoder(source):
     hub = read_json(folder / "config.json")
     if hub.get("model_type") != "dinov2" or hub.get("use_swiglu_ffn") or hub.get("hidden_act") != "gelu":
         raise InputError(f"{folder}/config.json is of type {hub.get('model_type')!r}; this loader reads DINOv2 S, B and L")
-    pixels = folder / "preprocessor_config.json"
-    pixels = read_json(pixels) if pixels.exists() else {}
+    statistics = folder / "preprocessor_config.json"
+    statistics = read_json(statistics) if statistics.exists() else {}
     try:
         config = ViTConfig(
             image_size=hub["image_size"],
@@ -224,8 +229,8 @@ def load_encoder(source):
             heads=hub["num_attention_heads"],
             mlp_width=int(hub["hidden_size"] * hub["mlp_ratio"]),
             layer_norm_eps=hub["layer_norm_eps"],
-            mean=tuple(pixels.get("image_mean", ViTConfig.mean)),
-            std=tuple(pixels.get("image_std", ViTConfig.std)),
+            mean=tuple(statistics.get("image_mean", ViTConfig.mean)),
+            std=tuple(statistics.get("image_std", ViTConfig.std)),
         )
     except KeyError as error:
         raise InputError(f"{folder}/config.json lacks {error}") from None
@@ -243,8 +248,442 @@ def load_encoder(source):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Section 3.2, "High Dimensional VQ": Eq. 1 and Eq. 3
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class VectorQuantizer(nn.Module):
+    """Plain vector quantization (van den Oord et al. 2017): every code is a free parameter.
+
+    Only the codes that some token chose receive a gradient. A code that no token chooses never moves again while the
+    features go on moving away from it: that is how codebooks collapse.
+    """
+
+    def __init__(self, codebook_size, dim, beta=0.25, beta_side="commitment"):
+        super().__init__()
+        self.beta, self.beta_side = beta, beta_side
+        # The SimVQ authors' start, i.i.d. Gaussian with E||c||^2 = 1; `start_codebook` has a better one.
+        self.codebook = nn.Parameter(torch.randn(codebook_size, dim) * dim**-0.5)  # the paper's C, (K, e)
+
+    def project(self, codes):
+        """Effective codes (n, e) of rows of the codebook (n, e): here, the rows themselves."""
+        return codes
+
+    def lookup(self, indices):
+        """Effective codes (..., e) of indices (...): exactly what the forward pass used."""
+        return self.project(self.codebook[indices])
+
+    @torch.no_grad()
+    def search(self, z, code_chunk=2048, token_chunk=4096):
+        """Eq. 1: the index of the nearest code in Euclidean distance for each vector, z (n, e) -> (n,) int64.
+
+        Codes and tokens pass by in chunks, so memory does not grow with n * K, and no graph is built over the codes
+        that nobody chose. ||z||^2 is the same for every code and is left out.
+        """
+        best = z.new_full((len(z),), torch.inf)
+        indices = torch.zeros(len(z), dtype=torch.int64, device=z.device)
+        for first in range(0, len(self.codebook), code_chunk):
+            codes = self.project(self.codebook[first:first + code_chunk])  # (chunk, e)
+            squared_norms = codes.pow(2).sum(1)  # (chunk,)
+            for tokens, best_part, index_part in zip(*(t.split(token_chunk) for t in (z, best, indices))):
+                distance, nearest = torch.addmm(squared_norms, tokens, codes.T, alpha=-2).min(1)  # (tokens,)
+                closer = distance < best_part
+                best_part.copy_(torch.where(closer, distance, best_part))
+                index_part.copy_(torch.where(closer, first + nearest, index_part))
+        return indices
+
+    def forward(self, z):
+        """Quantize z (..., e) -> z_q (..., e), indices (...), codebook loss, commitment loss; see Eq. 3.
+
+        The two losses add up to L_quant, beta included. Eq. 3 as printed compares C with Z_q twice, which would train
+        nothing; this is the form of its source (SimVQ, Algorithm 1): the codebook term moves the code to the feature,
+        the commitment term, weighted by beta, moves the feature to the code. On whichever side beta is, the sum has the
+        same value: only the gradients differ.
+        """
+        with torch.autocast(z.device.type, enabled=False):  # distances in bf16 would pick wrong neighbours
+            z = z.float()
+            indices = self.search(z.detach().flatten(0, -2)).view(z.shape[:-1])  # (...)
+            q = self.lookup(indices)  # (..., e)
+            codebook_loss = F.mse_loss(q, z.detach())
+            commitment_loss = F.mse_loss(z, q.detach())
+            if self.beta_side == "commitment":
+                commitment_loss = self.beta * commitment_loss
+            else:
+                codebook_loss = self.beta * codebook_loss
+            z_q = z + (q - z).detach()  # straight-through: the value is q's, the gradient goes to z
+        return z_q, indices, codebook_loss, commitment_loss
+
+
+class SimVQ(VectorQuantizer):
+    """SimVQ (Zhu et al. 2024), the paper's quantizer: a frozen codebook C seen through one learned matrix W.
+
+    The effective code is q_i = W c_i + b. The gradient of any chosen code is a gradient of W, and W moves every code, so
+    codes that nobody chose travel along with the features. W learns from the codebook loss alone, since the
+    straight-through estimator leads the reconstruction gradient past it.
+    """
+
+    def __init__(self, codebook_size, dim, beta=0.25, beta_side="commitment"):
+        super().__init__(codebook_size, dim, beta, beta_side)
+        codebook = self.codebook.detach()
+        del self.codebook
+        self.register_buffer("codebook", codebook)  # in the state dict, but not a parameter: it never changes
+        self.W = nn.Linear(dim, dim)  # the bias is the authors' code's; Eq. 1 writes the matrix alone
+
+    def project(self, codes):
+        return self.W(codes)  # (n, e)
+
+
+class NoQuantizer(nn.Module):
+    """The continuous autoencoder (RAE) behind the quantizers' interface: z passes as it is, there are no indices."""
+
+    def forward(self, z):
+        return z, None, z.new_zeros(()), z.new_zeros(())
+
+
+@torch.no_grad()
+def start_codebook(quantizer, z, steps=10, generator=None):
+    """`--codebook-init data`: k-means centres of projected training features z (n, e) become the codes, W the identity.
+
+    Why the start decides whether a codebook lives. Features of a pretrained encoder share a large mean and vary along
+    few directions, whereas Gaussian codes point everywhere. Nearly all tokens then have the same few nearest codes, only
+    those few tell W where to go, and W lays the whole cloud of codes onto the spot where they are. Codes that start
+    where the features are all have tokens to win from the first step on, and W only has to keep up.
+    """
+    K = len(quantizer.codebook)
+    if len(z) < K:
+        raise InputError(f"{K} codes cannot start from {len(z)} features; ask for fewer codes or give more images")
+    if isinstance(quantizer, SimVQ):
+        nn.init.eye_(quantizer.W.weight)
+        nn.init.zeros_(quantizer.W.bias)
+    quantizer.codebook.copy_(z[torch.randperm(len(z), generator=generator)[:K].to(z.device)])
+    for _ in range(steps):
+        indices = quantizer.search(z)  # (n,)
+        counts = torch.bincount(indices, minlength=K)  # (K,)
+        error = (z - quantizer.codebook[indices]).pow(2).sum(1)  # (n,)
+        centres = torch.zeros_like(quantizer.codebook).index_add_(0, indices, z) / counts.clamp(min=1)[:, None]  # (K, e)
+        # Half of an emoji is the same blank background: copies of one token leave most of their codes without any.
+        # Those start again at tokens that are badly served, in proportion to their squared distance.
+        empty = counts == 0
+        if empty.any():
+            chosen = torch.multinomial(error.cpu().double() + 1e-12, int(empty.sum()), generator=generator)
+            centres[empty] = z[chosen.to(z.device)]
+        quantizer.codebook.copy_(centres)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Section 3.2, "Symmetric Decoder"
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def sincos_positions(rows, columns, width):
+    """Fixed 2-D sine-cosine positions (1, rows * columns, width): half the channels tell the row, half the column."""
+    frequency = 10000 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))  # (width/4,)
+    axes = []
+    for length, repeat in ((rows, lambda x: x.repeat_interleave(columns, 0)), (columns, lambda x: x.repeat(rows, 1))):
+        angle = torch.arange(length, dtype=torch.float64)[:, None] * frequency  # (length, width/4)
+        axes.append(repeat(torch.cat([angle.sin(), angle.cos()], dim=1)))  # (rows * columns, width/2)
+    return torch.cat(axes, dim=1).float()[None]  # (1, rows * columns, width)
+
+
+class Decoder(nn.Module):
+    """The decoder D that mirrors the encoder: bottleneck features Z_bot (B, N, d) -> images X' (B, 3, rows*q, columns*q).
+
+    One token per latent position ("patch size 1" in the paper), the same blocks, and no convolution: a Linear writes the
+    q x q pixels of every token. q may differ from the encoder's p, which scales the image by q/p.
+    """
+
+    def __init__(self, config, patch_size):
+        super().__init__()
+        self.patch_size, self.width = patch_size, config.width
+        self.blocks = nn.ModuleList([Block(config) for _ in range(config.depth)])
+        self.norm = nn.LayerNorm(config.width, config.layer_norm_eps)
+        self.head = nn.Linear(config.width, 3 * patch_size**2)
+
+    def forward(self, x, rows, columns):
+        x = x + sincos_positions(rows, columns, self.width).to(x)  # (B, N, d)
+        for block in self.blocks:
+            x = block(x)  # (B, N, d)
+        x = self.head(self.norm(x))  # (B, N, 3*q*q)
+        x = x.transpose(1, 2).unflatten(2, (rows, columns))  # (B, 3*q*q, rows, columns)
+        return F.pixel_shuffle(x, self.patch_size)  # (B, 3, rows*q, columns*q)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Section 3.2: the tokenizer as a whole
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class VQRAEConfig:
+    """Everything that fixes the shapes of a VQRAE; `config.json` of a saved model holds just this."""
+
+    encoder: ViTConfig
+    output_patch_size: int  # q; equal to the encoder's p keeps the size of the image
+    codebook_size: int  # K
+    codebook_dim: int  # e
+    quantizer: str = "simvq"  # a name in QUANTIZERS
+    beta: float = 0.25
+    beta_side: str = "commitment"
+
+
+QUANTIZERS = {"simvq": SimVQ, "vq": VectorQuantizer, "none": NoQuantizer}
+
+
+@dataclass
+class Output:
+    """What a forward pass of VQRAE returns; the two losses are scalars and beta is already in them."""
+
+    reconstruction: torch.Tensor  # X' (B, 3, H*q/p, W*q/p), not clamped to [0, 1]
+    features: torch.Tensor  # Z_I (B, N, d), for understanding
+    indices: torch.Tensor | None  # (B, N), for generation
+    codebook_loss: torch.Tensor
+    commitment_loss: torch.Tensor
+    z: torch.Tensor  # projected features, the paper's Z^_c (B, N, e)
+
+
+class VQRAE(nn.Module):
+    """Representation-quantization autoencoder: one encoder, continuous features and discrete tokens."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        d, e = config.encoder.width, config.codebook_dim
+        self.encoder = Encoder(config.encoder)
+        # Channels of a pretrained encoder differ in scale, and a few would outweigh all others in a distance.
+        self.register_buffer("feature_mean", torch.zeros(d))
+        self.register_buffer("feature_std", torch.ones(d))
+        self.project_in = nn.Linear(d, e)
+        if config.quantizer == "none":
+            self.quantizer = NoQuantizer()
+        else:
+            self.quantizer = QUANTIZERS[config.quantizer](config.codebook_size, e, config.beta, config.beta_side)
+        self.project_out = nn.Linear(e, d)
+        self.decoder = Decoder(config.encoder, config.output_patch_size)
+        for module in self.decoder.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+
+    def standardise(self, features):
+        """Features (B, N, d) with zero mean and unit variance per channel over the training images."""
+        return (features - self.feature_mean) / self.feature_std
+
+    def grid(self, images):
+        """Rows and columns of tokens of images (B, 3, H, W)."""
+        return images.shape[-2] // self.config.encoder.patch_size, images.shape[-1] // self.config.encoder.patch_size
+
+    def forward(self, images):
+        features = self.encoder(images)  # Z_I (B, N, d)
+        z = self.project_in(self.standardise(features))  # Z^_c (B, N, e)
+        z_q, indices, codebook_loss, commitment_loss = self.quantizer(z)  # Z_q (B, N, e), (B, N)
+        bottleneck = self.project_out(z_q)  # Z_bot (B, N, d)
+        reconstruction = self.decoder(bottleneck, *self.grid(images))  # X' (B, 3, H*q/p, W*q/p)
+        return Output(reconstruction, features, indices, codebook_loss, commitment_loss, z)
+
+    @torch.no_grad()
+    def encode(self, images):
+        """Images (B, 3, H, W) in [0, 1] -> continuous features (B, N, d) and codes (B, N) int64 (None without codes)."""
+        features = self.encoder(images)  # (B, N, d)
+        _, indices, _, _ = self.quantizer(self.project_in(self.standardise(features)))  # (B, N)
+        return features, indices
+
+    @torch.no_grad()
+    def decode(self, indices, rows=None):
+        """Codes (B, N) -> images (B, 3, rows*q, N/rows*q) in [0, 1]; without `rows` the grid is square."""
+        rows = rows or math.isqrt(indices.shape[1])
+        if isinstance(self.quantizer, NoQuantizer) or indices.shape[1] % rows:
+            raise InputError(f"{indices.shape[1]} codes do not fill {rows} rows, or the model has no codebook")
+        bottleneck = self.project_out(self.quantizer.lookup(indices))  # (B, N, d)
+        return self.decoder(bottleneck, rows, indices.shape[1] // rows).clamp(0, 1)
+
+    @torch.no_grad()
+    def start(self, features, codebook_init, generator=None):
+        """Before the first step: fix the standardisation on training features (n, d), and start the codebook on them."""
+        self.feature_mean.copy_(features.mean(0))
+        self.feature_std.copy_(features.std(0) + 1e-6)
+        if codebook_init == "data" and not isinstance(self.quantizer, NoQuantizer):
+            start_codebook(self.quantizer, self.project_in(self.standardise(features)), generator=generator)
+
+    def save_pretrained(self, folder):
+        """Write config.json and model.safetensors, each replaced in one step so that a reader never meets half a file."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        weights = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
+        save_file(weights, folder / "model.safetensors.tmp")
+        (folder / "config.json.tmp").write_text(json.dumps(asdict(self.config), indent=2) + "\n")
+        for name in ("model.safetensors", "config.json"):
+            (folder / f"{name}.tmp").replace(folder / name)
+
+    @classmethod
+    def from_pretrained(cls, folder):
+        """Load what `save_pretrained` wrote, in eval mode; InputError says what is missing or damaged."""
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise InputError(f"no model at {folder}: the folder does not exist (train one with: python train.py --stage 1)")
+        saved = read_json(folder / "config.json")
+        try:
+            config = VQRAEConfig(**{**saved, "encoder": ViTConfig(**saved["encoder"])})
+            model = cls(config)
+        except (KeyError, TypeError) as error:
+            raise InputError(f"{folder}/config.json does not describe a VQRAE: {error}") from None
+        load_weights(model, read_safetensors(folder / "model.safetensors"), folder / "model.safetensors")
+        return model.eval()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Section 3.2, "Two-Stage Training": the losses, Eq. 2 and Eq. 4
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def unit(features, dim):
+    """Features scaled to length 1 along `dim`; the epsilon under the root keeps the gradient finite at zero."""
+    return features * (features.pow(2).sum(dim, keepdim=True) + 1e-8).rsqrt()
+
+
+class VFMPerceptual(nn.Module):
+    """`--perceptual vfm`: L_P as the distance between the frozen encoder's own features of both images.
+
+    Needs no download and no convolution. LPIPS' recipe on tokens: after every block, scale each token to unit length,
+    take squared differences. Encoder and decoder share one grid of patches, so a seam between two patches of the output
+    would fall between two patches of the encoder, unseen; both images are therefore shifted by a random offset.
+    """
+
+    def __init__(self, encoder):
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, x, y, generator=None):
+        """Images (B, 3, H, W) in [0, 1] -> scalar; the offset is drawn from `generator`."""
+        p = self.encoder.config.patch_size
+        top, left = torch.randint(p + 1, (2,), generator=generator).tolist()
+        window = (..., slice(top, x.shape[-2] - p + top), slice(left, x.shape[-1] - p + left))
+        with torch.no_grad():
+            targets = self.encoder.hidden_states(x[window])
+        states = self.encoder.hidden_states(y[window])
+        return torch.stack([F.mse_loss(unit(a.float(), -1), unit(b.float(), -1), reduction="none").sum(-1).mean()
+                            for a, b in zip(states, targets)]).mean()
+
+
+class PaperPerceptual(nn.Module):
+    """`--perceptual lpips-convnext`, the paper's L_P: LPIPS on VGG16 + 0.1 x squared distance of ConvNeXt-S logits.
+
+    The weights are torchvision's and are fetched on first use; InputError when that fails. `vgg` (an lpips.LPIPS) and
+    `convnext` can be handed in instead.
+    """
+
+    def __init__(self, vgg=None, convnext=None):
+        super().__init__()
+        try:
+            if vgg is None:
+                import lpips
+
+                vgg = lpips.LPIPS(net="vgg", verbose=False)
+            if convnext is None:
+                from torchvision.models import ConvNeXt_Small_Weights, convnext_small
+
+                convnext = convnext_small(weights=ConvNeXt_Small_Weights.IMAGENET1K_V1)
+        except OSError as error:
+            raise InputError(f"the weights of VGG16 and ConvNeXt-S for --perceptual lpips-convnext cannot be fetched "
+                             f"({error}); --perceptual vfm needs no download") from None
+        self.vgg, self.convnext = vgg.eval().requires_grad_(False), convnext.eval().requires_grad_(False)
+
+    def lpips(self, x, y):
+        """LPIPS distance (Zhang et al. 2018) of images (B, 3, H, W) in [0, 1] -> (B,), safe to differentiate."""
+        layers = [self.vgg.net(self.vgg.scaling_layer(2 * image - 1)) for image in (x, y)]
+        distance = 0
+        for a, b, weigh in zip(*layers, self.vgg.lins):
+            distance = distance + weigh((unit(a, 1) - unit(b, 1)).pow(2)).mean((1, 2, 3))  # (B,)
+        return distance
+
+    def forward(self, x, y, generator=None):
+        """Images (B, 3, H, W) in [0, 1] -> scalar; in float32, and `generator` is not used."""
+        with torch.autocast(x.device.type, enabled=False):
+            x, y = x.float(), y.float()
+            logits = []
+            for image in (x, y):
+                image = F.interpolate(image, size=224, mode="bilinear", antialias=True)
+                mean, std = x.new_tensor(ViTConfig.mean), x.new_tensor(ViTConfig.std)
+                logits.append(self.convnext((image - mean[:, None, None]) / std[:, None, None]))  # (B, 1000)
+            return self.lpips(x, y).mean() + 0.1 * F.mse_loss(*logits)
+
+
+def stage1_loss(images, out, perceptual, perceptual_weight=1.1, generator=None):
+    """Eq. 4, L_stage1 = l2 + 1.1 L_P + L_quant, and its terms as a dict of scalars.
+
+    Eq. 2's adversarial term is off in stage 1 (Table 7). The target has the decoder's size when q differs from p.
+    """
+    target, reconstruction = images, out.reconstruction.float()
+    if target.shape != reconstruction.shape:
+        target = F.interpolate(target, reconstruction.shape[-2:], mode="bicubic", antialias=True).clamp(0, 1)
+    terms = {"mse": F.mse_loss(reconstruction, target)}
+    if perceptual is not None:
+        terms["perceptual"] = perceptual(target, reconstruction, generator)
+    terms["codebook"], terms["commitment"] = out.codebook_loss, out.commitment_loss
+    return sum(terms[name] * (perceptual_weight if name == "perceptual" else 1) for name in terms), terms
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Metrics
 # ----------------------------------------------------------------------------------------------------------------------
+
+
+def eight_bits(images):
+    """Images clamped to [0, 1] and rounded to the 256 levels that a file can hold."""
+    return (images.clamp(0, 1) * 255).round() / 255
+
+
+def psnr(x, y):
+    """Peak signal-to-noise ratio in dB of images (B, 3, H, W) in [0, 1] -> (B,)."""
+    return -10 * (x - y).pow(2).mean((1, 2, 3)).clamp(min=1e-10).log10()
+
+
+def ssim(x, y, window=11, sigma=1.5):
+    """Structural similarity (Wang et al. 2004) of images (B, 3, H, W) in [0, 1], Gaussian window -> (B,).
+
+    Raises InputError when a side of the images is smaller than the window.
+    """
+    if min(x.shape[-2:]) < window:
+        raise InputError(f"SSIM needs images of at least {window} x {window} pixels")
+    offset = torch.arange(window, dtype=x.dtype, device=x.device) - window // 2
+    weight = torch.exp(-offset.pow(2) / (2 * sigma**2))
+    weight = weight / weight.sum()
+
+    def blur(image):
+        image = image.flatten(0, 1)[:, None]  # (3B, 1, H, W)
+        image = F.conv2d(F.conv2d(image, weight.view(1, 1, -1, 1)), weight.view(1, 1, 1, -1))
+        return image.unflatten(0, (-1, x.shape[1]))[:, :, 0]  # (B, 3, H - 10, W - 10)
+
+    mean_x, mean_y = blur(x), blur(y)
+    var_x, var_y = blur(x * x) - mean_x**2, blur(y * y) - mean_y**2
+    covariance = blur(x * y) - mean_x * mean_y
+    c1, c2 = 0.01**2, 0.03**2
+    score = (2 * mean_x * mean_y + c1) * (2 * covariance + c2)
+    return (score / ((mean_x**2 + mean_y**2 + c1) * (var_x + var_y + c2))).mean((1, 2, 3))
+
+
+def codebook_usage(counts):
+    """How often each code was chosen (K,) -> utilization in [0, 1] and perplexity in [1, K], as floats.
+
+    Utilization is the share of codes chosen at least once; perplexity, exp of the entropy of the choices, is the number
+    of codes that would be as hard to guess if all were equally frequent.
+    """
+    counts = counts.double()
+    share = counts / counts.sum().clamp(min=1)
+    return (counts > 0).double().mean().item(), torch.special.entr(share).sum().exp().item()
+
+
+def frechet_distance(x, y):
+    """Frechet distance between Gaussians fitted to two sets of feature vectors (n, d), (m, d) -> float.
+
+    On Inception features this is the FID; on any other encoder's features it is not, and must be named after it.
+    """
+    x, y = x.double(), y.double()
+    # tr sqrt(A B) is the sum of the roots of the eigenvalues of the symmetric sqrt(A) B sqrt(A).
+    values, vectors = torch.linalg.eigh(x.T.cov())
+    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
+    cross = torch.linalg.eigvalsh(root @ y.T.cov() @ root).clamp(min=0).sqrt().sum()
+    distance = (x.mean(0) - y.mean(0)).pow(2).sum() + x.T.cov().trace() + y.T.cov().trace() - 2 * cross
+    return distance.item()
 
 
 def linear_probe(train_features, train_labels, test_features, test_labels, strengths=(0.001, 0.01, 0.1)):
@@ -273,3 +712,142 @@ def linear_probe(train_features, train_labels, test_features, test_labels, stren
         accuracy = ((test @ weight.T + bias).argmax(1) == test_labels).double().mean().item()
         best = max(best, accuracy)
     return best
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Image data
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def read_image(path):
+    """Any image file as an upright 8-bit RGB PIL image, transparency laid on white; InputError when it is unreadable."""
+    try:
+        with Image.open(path) as image:
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I"):  # 16-bit grey, which PIL would clip to 8 bits instead of scaling it
+                image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            return image.convert("RGB")
+    except Exception as error:  # PIL's decoders raise a dozen types for bytes that are not an image
+        raise InputError(f"cannot read {path} as an image: {error}") from None
+
+
+def find_images(folder):
+    """Sorted paths of the image files below a folder; files that are none are counted and named once on stderr."""
+    found, skipped = [], []
+    for directory, folders, files in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for path in (Path(directory, name) for name in sorted(files) if not name.startswith(".")):
+            try:
+                Image.open(path).close()  # reads the header only, so a large folder is listed quickly
+                found.append(path)
+            except Exception:
+                skipped.append(path)
+    if skipped:
+        names = ", ".join(str(path.relative_to(folder)) for path in skipped[:10]) + (", ..." if len(skipped) > 10 else "")
+        print(f"skipped {len(skipped)} files in {folder} that are not images: {names}", file=sys.stderr)
+    return found
+
+
+class ImageSet(torch.utils.data.Dataset):
+    """The images of one split as uint8 tensors (3, size, size), read one at a time when they are asked for.
+
+    `folder` is one of our sets (index.json and sheets of tiles, held in memory), or any folder of images, flat or with
+    one folder per class. A folder with train/ and val/ is split so; of any other every twentieth image, in a fixed
+    random order, is held out. `split` is "train", "val" or "all". `records` has one dict per image.
+
+    Keys: an int gives the evaluation view (shorter side resized, centre crop), a pair (int, seed) the training view
+    (random crop, random flip) that this seed stands for. Every item comes with the names of files found unreadable on
+    the way; a readable neighbour stands in for them.
+    """
+
+    def __init__(self, folder, split, size):
+        self.folder, self.size, self.unreadable = Path(folder), size, set()
+        if not self.folder.is_dir():
+            raise InputError(f"no images at {folder}: the folder does not exist")
+        if (self.folder / "index.json").exists():
+            self.records, self.sources = self.read_sheets(split)
+        else:
+            self.records, self.sources = self.read_folder(split)
+        if not self.sources:
+            raise InputError(f"no images at {folder}: the {split} split is empty")
+
+    def read_sheets(self, split):
+        records, tiles = [], []
+        for sheet in read_json(self.folder / "index.json")["sheets"]:
+            canvas, side = np.asarray(read_image(self.folder / sheet["file"])), sheet["tile"]
+            columns = canvas.shape[1] // side
+            for i, record in enumerate(sheet["images"]):
+                if split in ("all", record["split"]):
+                    top, left = i // columns * side, i % columns * side
+                    tiles.append(canvas[top:top + side, left:left + side])
+                    records.append({"style": sheet["style"], **record})
+        return records, tiles
+
+    def read_folder(self, split):
+        halves = [self.folder / "train", self.folder / "val"]
+        if all(half.is_dir() for half in halves):
+            paths = [path for half in halves if split in ("all", half.name) for path in find_images(half)]
+        else:
+            paths = find_images(self.folder)
+            order = np.random.RandomState(0).permutation(len(paths))
+            held_out = set(order[:max(1, len(paths) // 20)].tolist()) if len(paths) > 1 else set()
+            if split != "all" and held_out:
+                paths = [path for i, path in enumerate(paths) if (i in held_out) == (split == "val")]
+        return [{"name": str(path.relative_to(self.folder)), "category": path.parent.name} for path in paths], paths
+
+    def __len__(self):
+        return len(self.sources)
+
+    def __getitem__(self, key):
+        index, seed = key if isinstance(key, tuple) else (key, None)
+        unreadable = []
+        for step in range(len(self.sources)):
+            source = self.sources[(index + step) % len(self.sources)]
+            try:
+                image = Image.fromarray(source) if isinstance(source, np.ndarray) else read_image(source)
+                break
+            except InputError:
+                unreadable.append(str(source))
+        else:
+            raise InputError(f"no image in {self.folder} can be read")
+        image = pixels.resize(image, self.size, interpolation=pixels.InterpolationMode.BICUBIC)
+        top, left = (image.height - self.size) // 2, (image.width - self.size) // 2
+        if seed is not None:
+            draw = torch.rand(3, generator=torch.Generator().manual_seed(seed)).tolist()
+            top, left = int(draw[0] * (image.height - self.size + 1)), int(draw[1] * (image.width - self.size + 1))
+            image = pixels.hflip(image) if draw[2] < 0.5 else image
+        return pixels.pil_to_tensor(pixels.crop(image, top, left, self.size, self.size)), unreadable
+
+    def batches(self, keys, batch_size, workers=0):
+        """Yield the images of the keys, in their order, as uint8 tensors (up to batch_size, 3, size, size)."""
+        def collate(items):
+            return torch.stack([image for image, _ in items]), [name for _, names in items for name in names]
+
+        loader = torch.utils.data.DataLoader(self, batch_size, sampler=keys, num_workers=workers, collate_fn=collate)
+        for images, unreadable in loader:
+            for name in set(unreadable) - self.unreadable:
+                self.unreadable.add(name)
+                print(f"skipped {name}, which cannot be read as an image ({len(self.unreadable)} so far)", file=sys.stderr)
+            yield images
+
+
+class TrainingOrder:
+    """Endless keys of training views: every epoch in a new random order, every view with a new seed.
+
+    Key number k depends on `seed` and k alone, so a resumed run needs no state of the loader to see the same images.
+    """
+
+    def __init__(self, count, seed, start):
+        self.count, self.seed, self.start = count, seed, start
+
+    def __iter__(self):
+        position = self.start
+        while True:
+            epoch, done = divmod(position, self.count)
+            order = np.random.default_rng([self.seed, epoch]).permutation(self.count)
+            for index in order[done:].tolist():
+                yield index, self.seed * 2**40 + position
+                position += 1

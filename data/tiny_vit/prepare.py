@@ -170,3 +170,172 @@ def make_cache(teacher, source, folder, count):
         if done % CHUNK < 64 or done == count:
             progress.write_text(str(done))
             print(f"cached {done} of {count} views, {time.time() - start:.0f} s", flush=True)
+
+
+def start_from_teacher(student, teacher):
+    """Weight selection (Xu et al. 2024): the student begins as every second layer and channel of its teacher.
+
+    Heads are kept whole, since a head's channels only mean something together; patches are resized from 14 to 8 px.
+    """
+    small, large = STUDENT, teacher.config
+    width = torch.arange(0, large.width, large.width // small.width)
+    hidden = torch.arange(0, large.mlp_width, large.mlp_width // small.mlp_width)
+    per_head = small.width // small.heads
+    heads = torch.arange(0, large.heads, large.heads // small.heads)
+    heads = (heads[:, None] * per_head + torch.arange(per_head)).flatten()
+    qkv = torch.cat([heads + part * large.width for part in range(3)])
+    rows = {"qkv": qkv, "mlp.0": hidden}
+    columns = {"attention.out": heads, "mlp.2": hidden}
+    theirs, ours = teacher.state_dict(), student.state_dict()
+    for name, tensor in ours.items():
+        layer = name.split(".")
+        if layer[0] == "blocks":
+            layer[1] = str(int(layer[1]) * large.depth // small.depth)
+        source = theirs[".".join(layer)]
+        if name == "patch_embed.weight":
+            source = F.interpolate(source, size=(small.patch_size,) * 2, mode="bicubic", antialias=True)
+            source = source[width] * (large.patch_size / small.patch_size) ** 2
+        elif name == "positions":
+            source = teacher.positions_for(GRID, GRID)[..., width]
+        elif name == "cls_token":
+            source = source[..., width]
+        else:
+            key = next((key for key in rows if key in name), None)
+            source = source[rows[key] if key else width]
+            if source.dim() == 2:
+                key = next((key for key in columns if key in name), None)
+                source = source[:, columns[key] if key else width]
+        tensor.copy_(source)
+
+
+class Student(nn.Module):
+    """The encoder that ships, and the heads that speak the teacher's dialect and are thrown away afterwards."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.encoder = vqrae.Encoder(STUDENT)
+        self.patch_head = nn.Linear(STUDENT.width, width)
+        self.cls_head = nn.Linear(STUDENT.width, width)
+        self.pooled_head = nn.Linear(STUDENT.width, width)
+
+    def forward(self, images):
+        tokens = self.encoder.norm(self.encoder.hidden_states(images)[-1])  # (B, 1 + N, d)
+        patches = tokens[:, 1:]  # (B, N, d)
+        return self.patch_head(patches), self.cls_head(tokens[:, 0]), self.pooled_head(patches.mean(1))
+
+
+def distillation_loss(student, batch, scale):
+    """Match the standardised patch tokens in value and direction, and the teacher's class token from two sides.
+
+    What the teacher knows of the picture as a whole is in its class token. Our readers average the patch tokens, so the
+    average has to predict it as well as the class token does.
+    """
+    pixels, tokens, cls = batch
+    tokens, cls = (tokens - scale["token_mean"]) / scale["token_std"], (cls - scale["cls_mean"]) / scale["cls_std"]
+    patch_guess, cls_guess, pooled_guess = (guess.float() for guess in student(pixels))
+    loss = F.mse_loss(patch_guess, tokens) + (1 - F.cosine_similarity(patch_guess, tokens, dim=-1)).mean()
+    loss = loss + F.mse_loss(patch_guess.mean(1), tokens.mean(1))
+    return loss + 0.25 * F.mse_loss(cls_guess, cls) + 0.5 * F.mse_loss(pooled_guess, cls)
+
+
+@torch.inference_mode()
+def probe(encoder):
+    """Accuracy of a linear probe on mean patch tokens of held-out emoji: categories, subcategories."""
+    index = json.loads((ROOT / "data/emoji/index.json").read_text(encoding="utf-8"))
+    images, records = [], []
+    for sheet in index["sheets"]:
+        images += tiles(ROOT / "data/emoji" / sheet["file"], sheet["tile"])[:len(sheet["images"])]
+        records += sheet["images"]
+    images = torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2)
+    features = torch.cat([encoder(part / 255).mean(1) for part in images.split(256)])
+    held_out = torch.tensor([record["split"] == "val" for record in records])
+    scores = []
+    for key in ("category", "subcategory"):
+        names = sorted({record[key] for record in records})
+        labels = torch.tensor([names.index(record[key]) for record in records])
+        with torch.inference_mode(False):
+            scores.append(vqrae.linear_probe(features[~held_out].clone(), labels[~held_out], features[held_out].clone(),
+                                             labels[held_out]))
+    return scores
+
+
+def save(encoder, folder):
+    """Write the encoder in the hub's layout, in half precision."""
+    hub_config = {
+        "architectures": ["Dinov2Model"], "model_type": "dinov2", "hidden_act": "gelu", "hidden_size": STUDENT.width,
+        "num_hidden_layers": STUDENT.depth, "num_attention_heads": STUDENT.heads,
+        "mlp_ratio": STUDENT.mlp_width // STUDENT.width, "image_size": STUDENT.image_size,
+        "patch_size": STUDENT.patch_size, "num_channels": 3, "layer_norm_eps": STUDENT.layer_norm_eps,
+        "layerscale_value": 1.0, "qkv_bias": True, "use_swiglu_ffn": False, "use_mask_token": False,
+        "attention_probs_dropout_prob": 0.0, "hidden_dropout_prob": 0.0, "drop_path_rate": 0.0,
+        "initializer_range": 0.02, "apply_layernorm": True, "reshape_hidden_states": True,
+        "stage_names": ["stem"] + [f"stage{i + 1}" for i in range(STUDENT.depth)],
+        "out_features": [f"stage{STUDENT.depth}"], "out_indices": [STUDENT.depth], "dtype": "float16",
+    }
+    statistics = {"image_mean": STUDENT.mean, "image_std": STUDENT.std, "do_resize": True, "do_normalize": True,
+                  "do_rescale": True, "rescale_factor": 1 / 255, "image_processor_type": "BitImageProcessor",
+                  "size": {"height": STUDENT.image_size, "width": STUDENT.image_size}}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(hub_config, indent=2) + "\n")
+    (folder / "preprocessor_config.json").write_text(json.dumps(statistics, indent=2) + "\n")
+    weights = {name: tensor.half() for name, tensor in vqrae.hub_state_dict(encoder).items()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def train(teacher, cache, count, steps, batch_size, lr, start, out):
+    """Fit the student to the cached teacher; AdamW, warm-up and cosine, an exponential average of the weights ships."""
+    torch.manual_seed(0)
+    pixels, tokens, cls = open_cache(cache, count, teacher.config.width, "r")
+    sample = np.linspace(0, count - 1, 4096).astype(int)
+    scale = {}
+    for name, values in (("token", tokens[sample]), ("cls", cls[sample])):
+        values = torch.from_numpy(values).float().flatten(0, -2)
+        scale[f"{name}_mean"], scale[f"{name}_std"] = values.mean(0), values.std(0)
+    student = Student(teacher.config.width)
+    with torch.no_grad():
+        for name, parameter in student.encoder.named_parameters():
+            if parameter.dim() == 2:
+                nn.init.trunc_normal_(parameter, std=0.02)
+        if start == "teacher":
+            start_from_teacher(student.encoder, teacher)
+    matrices = [p for p in student.parameters() if p.dim() >= 2]
+    others = [p for p in student.parameters() if p.dim() < 2]
+    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}],
+                                  lr=lr, betas=(0.9, 0.99))
+    average = torch.optim.swa_utils.AveragedModel(student, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.999))
+    saved, step = cache / f"student-{start}.pt", 0
+    if saved.exists():
+        state = torch.load(saved, weights_only=True)
+        step = state["step"]
+        student.load_state_dict(state["student"])
+        average.load_state_dict(state["average"])
+        optimizer.load_state_dict(state["optimizer"])
+    begin, running, fast = time.time(), 0.0, torch.compile(student)
+    while step < steps:
+        epoch, offset = divmod(step * batch_size, count - count % batch_size)
+        order = np.random.default_rng([1, epoch]).permutation(count)
+        rows = np.sort(order[offset:offset + batch_size])
+        batch = (torch.from_numpy(pixels[rows]).permute(0, 3, 1, 2) / 255,
+                 torch.from_numpy(tokens[rows]).float(), torch.from_numpy(cls[rows]).float())
+        warmup = min(1.0, (step + 1) / min(500, steps // 10))
+        for group in optimizer.param_groups:
+            group["lr"] = lr * warmup * (0.01 + 0.99 * 0.5 * (1 + np.cos(np.pi * step / steps)))
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = distillation_loss(fast, batch, scale)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+        optimizer.step()
+        average.update_parameters(student)
+        step += 1
+        running += loss.item() / 100
+        if step % 100 == 0:
+            print(f"step {step} of {steps}, loss {running:.4f}, {time.time() - begin:.0f} s", flush=True)
+            running = 0.0
+        if step % 1000 == 0 or step == steps:
+            torch.save({"step": step, "student": student.state_dict(), "average": average.state_dict(),
+                        "optimizer": optimizer.state_dict()}, saved.with_suffix(".tmp"))
+            saved.with_suffix(".tmp").replace(saved)
+            save(average.module.encoder, out)
+            print(f"step {step}: saved to {out}", flush=True)
+    return average.module.encoder.eval()
