@@ -51,6 +51,15 @@ class ViTConfig:
     std: tuple = (0.229, 0.224, 0.225)
 
 
+def attend(q, k, v):
+    """softmax(q k^T / sqrt(head)) v on (B, heads, N, head)."""
+    if q.device.type != "cpu":
+        return F.scaled_dot_product_attention(q, k, v)
+    # For the short sequences that a CPU can afford, torch's fused kernel is up to five times slower than this.
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (B, heads, N, N)
+    return scores.float().softmax(-1).to(v.dtype) @ v  # (B, heads, N, head)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention, (B, N, d) -> (B, N, d)."""
 
@@ -62,8 +71,9 @@ class Attention(nn.Module):
 
     def forward(self, x):
         B, N, d = x.shape
-        q, k, v = self.qkv(x).view(B, N, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)  # (B, heads, N, d/heads)
-        x = F.scaled_dot_product_attention(q, k, v)  # (B, heads, N, d/heads)
+        qkv = self.qkv(x).view(B, N, 3, self.heads, d // self.heads)  # (B, N, 3, heads, d/heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, N, d/heads) each
+        x = attend(q, k, v)  # (B, heads, N, d/heads)
         return self.out(x.transpose(1, 2).reshape(B, N, d))  # (B, N, d)
 
 
@@ -439,6 +449,7 @@ class Output:
     codebook_loss: torch.Tensor
     commitment_loss: torch.Tensor
     z: torch.Tensor  # projected features, the paper's Z^_c (B, N, e)
+    z_q: torch.Tensor  # the codes in their place (B, N, e)
 
 
 class VQRAE(nn.Module):
@@ -478,7 +489,7 @@ class VQRAE(nn.Module):
         z_q, indices, codebook_loss, commitment_loss = self.quantizer(z)  # Z_q (B, N, e), (B, N)
         bottleneck = self.project_out(z_q)  # Z_bot (B, N, d)
         reconstruction = self.decoder(bottleneck, *self.grid(images))  # X' (B, 3, H*q/p, W*q/p)
-        return Output(reconstruction, features, indices, codebook_loss, commitment_loss, z)
+        return Output(reconstruction, features, indices, codebook_loss, commitment_loss, z, z_q)
 
     @torch.no_grad()
     def encode(self, images):
@@ -607,14 +618,20 @@ class PaperPerceptual(nn.Module):
             return self.lpips(x, y).mean() + 0.1 * F.mse_loss(*logits)
 
 
+def resize_to(images, like):
+    """Images at the height and width of `like`: the decoder's target when q differs from p."""
+    if images.shape[-2:] == like.shape[-2:]:
+        return images
+    return F.interpolate(images, like.shape[-2:], mode="bicubic", antialias=True).clamp(0, 1)
+
+
 def stage1_loss(images, out, perceptual, perceptual_weight=1.1, generator=None):
     """Eq. 4, L_stage1 = l2 + 1.1 L_P + L_quant, and its terms as a dict of scalars.
 
     Eq. 2's adversarial term is off in stage 1 (Table 7). The target has the decoder's size when q differs from p.
     """
-    target, reconstruction = images, out.reconstruction.float()
-    if target.shape != reconstruction.shape:
-        target = F.interpolate(target, reconstruction.shape[-2:], mode="bicubic", antialias=True).clamp(0, 1)
+    reconstruction = out.reconstruction.float()
+    target = resize_to(images, reconstruction)
     terms = {"mse": F.mse_loss(reconstruction, target)}
     if perceptual is not None:
         terms["perceptual"] = perceptual(target, reconstruction, generator)
@@ -712,6 +729,47 @@ def linear_probe(train_features, train_labels, test_features, test_labels, stren
         accuracy = ((test @ weight.T + bias).argmax(1) == test_labels).double().mean().item()
         best = max(best, accuracy)
     return best
+
+
+@torch.no_grad()
+def evaluate(model, images, batch_size=64, device="cpu", workers=0, frechet_encoder=None, lpips=None):
+    """Reconstruct every image of an ImageSet and return the metrics, averaged over images, as a dict of numbers.
+
+    psnr, ssim; with a codebook also utilization, perplexity and tokens of this one pass. With `frechet_encoder`, the
+    Frechet distance between its mean patch features of originals and reconstructions; with `lpips` (x, y -> (B,)), LPIPS.
+    """
+    scores, features = {"psnr": [], "ssim": []}, ([], [])
+    counts = torch.zeros(model.config.codebook_size, dtype=torch.int64)
+    for batch in images.batches(range(len(images)), batch_size, workers):
+        x = batch.to(device).float() / 255
+        out = model(x)
+        y = eight_bits(out.reconstruction)
+        x = resize_to(x, y)
+        scores["psnr"].append(psnr(x, y))
+        scores["ssim"].append(ssim(x, y))
+        if lpips is not None:
+            scores.setdefault("lpips", []).append(lpips(x, y))
+        if frechet_encoder is not None:
+            for side, part in zip(features, (x, y)):
+                side.append(frechet_encoder(part).mean(1).cpu())
+        if out.indices is not None:
+            counts += torch.bincount(out.indices.flatten().cpu(), minlength=len(counts))
+    result = {name: torch.cat(values).double().mean().item() for name, values in scores.items()}
+    if frechet_encoder is not None:
+        result["frechet"] = frechet_distance(*map(torch.cat, features))
+    if counts.sum():
+        utilization, perplexity = codebook_usage(counts)
+        result.update(utilization=utilization, perplexity=perplexity, tokens=int(counts.sum()))
+    return {"images": len(images), **result}
+
+
+@torch.no_grad()
+def count_codes(model, images, batch_size=64, device="cpu", workers=0):
+    """How often each code is chosen in one pass over an ImageSet, evaluation views -> (K,) int64."""
+    counts = torch.zeros(model.config.codebook_size, dtype=torch.int64)
+    for batch in images.batches(range(len(images)), batch_size, workers):
+        counts += torch.bincount(model.encode(batch.to(device).float() / 255)[1].flatten().cpu(), minlength=len(counts))
+    return counts
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -851,3 +909,76 @@ class TrainingOrder:
             for index in order[done:].tolist():
                 yield index, self.seed * 2**40 + position
                 position += 1
+
+
+def save_pairs(originals, reconstructions, path, columns=6, side=128):
+    """Write a PNG of pairs, original left and reconstruction right, for lists of images (3, H, W) in [0, 1]."""
+    gap, margin = 4, 12
+    rows = -(-len(originals) // columns)
+    canvas = Image.new("RGB", (columns * (2 * side + gap + margin) + margin, rows * (side + margin) + margin), "#d0d0d0")
+    for i, pair in enumerate(zip(originals, reconstructions)):
+        for half, image in enumerate(pair):
+            image = pixels.to_pil_image(eight_bits(image.cpu().float())).resize((side, side), Image.NEAREST)
+            x = margin + i % columns * (2 * side + gap + margin) + half * (side + gap)
+            canvas.paste(image, (x, margin + i // columns * (side + margin)))
+    canvas.save(path)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Presets: the settings of a training run
+# ----------------------------------------------------------------------------------------------------------------------
+
+ROOT = Path(__file__).resolve().parent
+
+
+@dataclass
+class Stage1Config:
+    """Settings of stage 1, Table 7's rows among them; `train.py` has a flag for each that one may want to change."""
+
+    encoder: str
+    data: str
+    image_size: int
+    output_patch_size: int | None  # None: the encoder's own
+    codebook_size: int
+    codebook_dim: int
+    quantizer: str
+    codebook_init: str
+    beta_side: str
+    perceptual: str
+    perceptual_weight: float
+    steps: int
+    batch_size: int
+    learning_rate: float
+    end_learning_rate: float
+    warmup_steps: int
+    weight_decay: float
+    betas: tuple
+    max_grad_norm: float
+    ema_decay: float
+
+
+PRESETS = {
+    # Made for two CPU cores and a few minutes, with nothing to download.
+    "tiny": Stage1Config(
+        encoder=str(ROOT / "data/tiny_vit"),
+        data=str(ROOT / "data/emoji"),
+        image_size=64,
+        output_patch_size=None,
+        codebook_size=4096,
+        codebook_dim=256,
+        quantizer="simvq",
+        codebook_init="data",
+        beta_side="commitment",
+        perceptual="vfm",
+        perceptual_weight=1.1,
+        steps=800,
+        batch_size=64,
+        learning_rate=1e-3,
+        end_learning_rate=2e-5,
+        warmup_steps=50,
+        weight_decay=1e-4,
+        betas=(0.9, 0.999),
+        max_grad_norm=1.0,
+        ema_decay=0.999,
+    ),
+}

@@ -310,7 +310,7 @@ def train(teacher, cache, count, steps, batch_size, lr, start, out):
         student.load_state_dict(state["student"])
         average.load_state_dict(state["average"])
         optimizer.load_state_dict(state["optimizer"])
-    begin, running, fast = time.time(), 0.0, torch.compile(student)
+    begin, running = time.time(), 0.0
     while step < steps:
         epoch, offset = divmod(step * batch_size, count - count % batch_size)
         order = np.random.default_rng([1, epoch]).permutation(count)
@@ -321,7 +321,7 @@ def train(teacher, cache, count, steps, batch_size, lr, start, out):
         for group in optimizer.param_groups:
             group["lr"] = lr * warmup * (0.01 + 0.99 * 0.5 * (1 + np.cos(np.pi * step / steps)))
         with torch.autocast("cpu", torch.bfloat16):
-            loss = distillation_loss(fast, batch, scale)
+            loss = distillation_loss(student, batch, scale)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(student.parameters(), 1.0)

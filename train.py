@@ -1,0 +1,453 @@
+"""Train a VQRAE.
+
+    python train.py --stage 1                      # the shipped encoder and emoji, a laptop, a few minutes
+    python train.py --stage 1 --data my/photos     # any folder of images
+    python train.py --stage 1 --resume             # go on after an interruption, bit for bit
+
+Leaves in --out: config.json + model.safetensors (averaged weights, what sample.py reads), metrics.jsonl, summary.json,
+curves.png, reconstructions.png, and checkpoint/ (what --resume needs).
+"""
+
+import argparse
+import copy
+import json
+import math
+import os
+import resource
+import signal
+import sys
+import time
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+import vqrae
+from vqrae import InputError
+
+START_TOKENS = 65536  # features that the codebook's start looks at, and four to a code if that is more
+SHOWN = 24  # pairs in reconstructions.png
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--stage", choices=["1"], required=True, help="1: frozen encoder, train codebook and decoder")
+    add("--preset", choices=list(vqrae.PRESETS), default="tiny", help="the settings that the flags below change")
+    add("--out", type=Path, default=None, help="folder for everything the run writes (default: out/stage1)")
+    add("--data", help="folder of images, flat or one folder per class (default: the shipped emoji)")
+    add("--encoder", help="DINOv2 checkpoint: a folder in the hub's layout or a hub id")
+    add("--image-size", type=int, help="side of the training images in pixels")
+    add("--output-patch-size", type=int, help="pixels the decoder writes per token side, q (default: the encoder's p)")
+    add("--quantizer", choices=list(vqrae.QUANTIZERS), help="simvq: the paper's; vq: plain; none: continuous")
+    add("--codebook-size", type=int, help="number of codes, K")
+    add("--codebook-dim", type=int, help="width of a code, e")
+    add("--codebook-init", choices=["data", "gaussian"], help="data: k-means of features; gaussian: the SimVQ authors'")
+    add("--beta-side", choices=["commitment", "codebook"], help="which term of Eq. 3 the 0.25 weighs")
+    add("--perceptual", choices=["vfm", "lpips-convnext", "none"],
+        help="vfm: the encoder's own features; lpips-convnext: the paper's networks, fetched on first use")
+    add("--perceptual-weight", type=float)
+    add("--steps", type=int)
+    add("--batch-size", type=int)
+    add("--learning-rate", type=float)
+    add("--seed", type=int, default=0)
+    add("--resume", action="store_true", help="continue the run in --out from its last checkpoint")
+    add("--overwrite", action="store_true", help="start anew in an --out that already holds a run")
+    add("--checkpoint-every", type=int, default=100, metavar="N", help="steps between checkpoints")
+    add("--log-every", type=int, default=20, metavar="N", help="steps between lines of metrics.jsonl")
+    add("--evaluate-every", type=int, default=200, metavar="N", help="steps between evaluations on held-out images")
+    add("--workers", type=int, default=None, help="processes that read images (default: 0 for shipped data)")
+    add("--device", default="auto", help="auto, cuda, mps or cpu")
+    add("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="auto: bf16 where the device multiplies it")
+    add("--compile", action="store_true", help="torch.compile: slower to start, faster steps")
+    add("--benchmark", action="store_true", help="time steady steps, print one JSON line, write nothing")
+    add("--print-config", action="store_true", help="print all settings as JSON and stop")
+    args = parser.parse_args(argv)
+    args.out = args.out or Path("out/stage1")
+    for name in ("image_size", "output_patch_size", "codebook_size", "codebook_dim", "steps", "batch_size",
+                 "learning_rate", "checkpoint_every", "log_every", "evaluate_every"):
+        if getattr(args, name) is not None and getattr(args, name) <= 0:
+            parser.error(f"--{name.replace('_', '-')} must be greater than 0, not {getattr(args, name)}")
+    config = copy.copy(vqrae.PRESETS[args.preset])
+    for field in fields(config):
+        if getattr(args, field.name, None) is not None:
+            setattr(config, field.name, getattr(args, field.name))
+    return args, config
+
+
+def choose_device(name):
+    """The torch device for --device; auto takes the fastest that is there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=name)
+        return torch.device(name)
+    except (RuntimeError, AssertionError):
+        raise InputError(f"--device {name} is not available here; try --device auto") from None
+
+
+def multiplies_bf16(device):
+    """Whether the device has instructions for bf16 products, without which bf16 would be slower than fp32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        capabilities = torch.cpu.get_capabilities()
+        return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+    return False
+
+
+class Run:
+    """Everything of a training run that lives longer than a step: model, average, optimizer, data, counters."""
+
+    def __init__(self, args, config):
+        self.args, self.config = args, config
+        self.device = choose_device(args.device)
+        self.bf16 = args.precision == "bf16" or args.precision == "auto" and multiplies_bf16(self.device)
+        torch.manual_seed(args.seed)
+        self.train_images = vqrae.ImageSet(config.data, "train", config.image_size)
+        self.val_images = vqrae.ImageSet(config.data, "val", config.image_size)
+        shipped = isinstance(self.train_images.sources[0], Path)
+        self.workers = args.workers if args.workers is not None else min(4, os.cpu_count()) if shipped else 0
+        encoder = vqrae.load_encoder(config.encoder)
+        if config.image_size % encoder.config.patch_size:
+            raise InputError(f"--image-size {config.image_size} is not a multiple of the encoder's patches of "
+                             f"{encoder.config.patch_size} pixels")
+        self.model = vqrae.VQRAE(vqrae.VQRAEConfig(
+            encoder=encoder.config, output_patch_size=config.output_patch_size or encoder.config.patch_size,
+            codebook_size=config.codebook_size, codebook_dim=config.codebook_dim, quantizer=config.quantizer,
+            beta_side=config.beta_side))
+        self.model.encoder = encoder.requires_grad_(False)  # stage 1: the encoder is frozen
+        self.model.to(self.device)
+        self.perceptual = {"vfm": lambda: vqrae.VFMPerceptual(encoder), "lpips-convnext": vqrae.PaperPerceptual,
+                           "none": lambda: None}[config.perceptual]()
+        if config.perceptual == "lpips-convnext":
+            self.perceptual.to(self.device)
+        self.trained = [p for p in self.model.parameters() if p.requires_grad]
+        # No decay for vectors, nor for SimVQ's W, which the authors' rule leaves out by its name.
+        decayed = [p for name, p in self.model.named_parameters()
+                   if p.requires_grad and p.dim() >= 2 and not name.startswith("quantizer.")]
+        others = [p for p in self.trained if all(p is not q for q in decayed)]
+        self.optimizer = torch.optim.AdamW(
+            [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}],
+            lr=config.learning_rate, betas=config.betas)
+        self.average = copy.deepcopy(self.model).eval()  # the exponential moving average: evaluated and exported
+        self.fast_model = torch.compile(self.model) if args.compile else self.model
+        self.done, self.seconds = 0, 0.0
+        self.reset_window()
+
+    def reset_window(self):
+        """Forget the sums since the last log line."""
+        self.window, self.counts = {}, torch.zeros(self.config.codebook_size, dtype=torch.int64)
+
+    def start(self):
+        """Before step 0: show the model training features, so that it can standardise them and place its codes."""
+        keys = vqrae.TrainingOrder(len(self.train_images), self.args.seed, start=0)
+        wanted, features = max(START_TOKENS, 4 * self.config.codebook_size), []
+        for batch in self.train_images.batches(keys, self.config.batch_size, self.workers):
+            with torch.no_grad():
+                features.append(self.model.encoder(batch.to(self.device).float() / 255).flatten(0, 1))  # (B * N, d)
+            wanted -= len(features[-1])
+            if wanted <= 0:
+                break
+        generator = torch.Generator().manual_seed(self.args.seed)
+        self.model.start(torch.cat(features), self.config.codebook_init, generator)
+        self.average.load_state_dict(self.model.state_dict())
+
+    def learning_rate(self, step):
+        """Linear warm-up, then cosine down to the end rate (Table 7)."""
+        config = self.config
+        warmup = min(config.warmup_steps, max(1, config.steps // 2))
+        if step < warmup:
+            return config.learning_rate * (step + 1) / warmup
+        progress = (step - warmup) / max(1, config.steps - warmup)
+        half_cosine = 0.5 * (1 + math.cos(math.pi * progress))
+        return config.end_learning_rate + (config.learning_rate - config.end_learning_rate) * half_cosine
+
+    def step(self, batch):
+        """One update on a batch of uint8 images. Raises InputError, before anything changed, if the loss is not finite."""
+        images = batch.to(self.device).float() / 255
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate(self.done)
+        generator = torch.Generator().manual_seed(self.args.seed * 2**40 + self.done)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            out = self.fast_model(images)
+            loss, terms = vqrae.stage1_loss(images, out, self.perceptual, self.config.perceptual_weight, generator)
+        self.optimizer.zero_grad()
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(self.trained, self.config.max_grad_norm)
+        if not torch.isfinite(loss + norm):
+            raise InputError(f"the loss is {loss.item()} and its gradient {norm.item()} at step {self.done}; the last "
+                             f"good checkpoint is kept, and a lower --learning-rate may help")
+        self.optimizer.step()
+        self.done += 1
+        decay = min(self.config.ema_decay, (1 + self.done) / (10 + self.done))  # short at first, to forget the start
+        with torch.no_grad():
+            averaged = [p for p, q in zip(self.average.parameters(), self.model.parameters()) if q.requires_grad]
+            torch._foreach_lerp_(averaged, self.trained, 1 - decay)
+            y = out.reconstruction.float().clamp(0, 1)
+            terms = {"loss": loss, **terms, "train_psnr": vqrae.psnr(vqrae.resize_to(images, y), y).mean(),
+                     "z_norm": out.z.norm(dim=-1).mean(), "code_norm": out.z_q.norm(dim=-1).mean(), "grad_norm": norm}
+            for name, value in terms.items():
+                self.window[name] = self.window.get(name, 0.0) + value.item()
+            if out.indices is not None:
+                self.counts += torch.bincount(out.indices.flatten().cpu(), minlength=len(self.counts))
+
+    def log(self, steps, seconds):
+        """The means since the last log line, as one object of metrics.jsonl."""
+        utilization, perplexity = vqrae.codebook_usage(self.counts)
+        line = {"step": self.done, **{name: value / steps for name, value in self.window.items()},
+                "lr": self.optimizer.param_groups[0]["lr"],
+                "images_per_second": steps * self.config.batch_size / seconds}
+        if self.counts.sum():
+            line.update(train_utilization=utilization, train_perplexity=perplexity)
+        self.reset_window()
+        return line
+
+    def evaluate(self):
+        """Metrics of the averaged model on the held-out images."""
+        return vqrae.evaluate(self.average, self.val_images, self.config.batch_size, self.device, self.workers)
+
+    # --- checkpoints: one file, replaced in one step ---
+
+    @property
+    def checkpoint(self):
+        return self.args.out / "checkpoint" / "state.pt"
+
+    def settings(self):
+        """What must not change between the parts of a run, as plain values."""
+        return json.loads(json.dumps({"seed": self.args.seed, "bf16": self.bf16, **asdict(self.config)}))
+
+    def save(self):
+        """Write the checkpoint beside the old one, then put it in the old one's place."""
+        self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
+        state = {"settings": self.settings(), "done": self.done, "seconds": self.seconds, "window": self.window,
+                 "counts": self.counts, "model": self.model.state_dict(), "average": self.average.state_dict(),
+                 "optimizer": self.optimizer.state_dict(), "rng": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            state["cuda_rng"] = torch.cuda.get_rng_state()
+        part = self.checkpoint.with_suffix(".tmp")
+        try:
+            with open(part, "wb") as file:
+                torch.save(state, file)
+                file.flush()
+                os.fsync(file.fileno())
+        except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+            part.unlink(missing_ok=True)
+            raise InputError(f"cannot write {part} ({error}); the checkpoint before it is kept") from None
+        part.replace(self.checkpoint)
+
+    def load(self):
+        """Go back to the checkpoint in --out; InputError when it is damaged or was made with other settings."""
+        try:
+            state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
+        except Exception as error:  # a damaged file can fail anywhere inside torch.load
+            raise InputError(f"cannot read the checkpoint {self.checkpoint}: {str(error).splitlines()[0]}") from None
+        for name, value in self.settings().items():
+            if state["settings"].get(name) != value:
+                raise InputError(f"--resume continues a run with its own settings: {name} is "
+                                 f"{state['settings'].get(name)!r} in {self.args.out}, not {value!r}")
+        self.model.load_state_dict(state["model"])
+        self.average.load_state_dict(state["average"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.done, self.seconds = state["done"], state["seconds"]
+        self.window, self.counts = state["window"], state["counts"]
+        torch.set_rng_state(state["rng"])
+        if "cuda_rng" in state and self.device.type == "cuda":
+            torch.cuda.set_rng_state(state["cuda_rng"])
+
+
+def write_json(path, value):
+    part = path.with_suffix(".tmp")
+    part.write_text(json.dumps(value, indent=2) + "\n")
+    part.replace(path)
+
+
+def read_log(path, last_step):
+    """Lines of metrics.jsonl up to a step, as dicts; what a crash left behind that step is dropped."""
+    lines = []
+    for text in path.read_text().splitlines() if path.exists() else []:
+        try:
+            line = json.loads(text)
+        except ValueError:
+            break  # the line that was being written when the run died
+        if line["step"] <= last_step:
+            lines.append(line)
+    return lines
+
+
+def draw_curves(lines, path):
+    """Loss terms, PSNR, use of the codebook and norms over the steps, as one picture."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    panels = {"loss terms": ["loss", "mse", "perceptual", "codebook", "commitment"], "PSNR, dB": ["train_psnr", "val_psnr"],
+              "utilization": ["train_utilization", "val_utilization"],
+              "perplexity": ["train_perplexity", "val_perplexity"], "norms": ["z_norm", "code_norm"]}
+    figure, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 3.2))
+    for axis, (title, names) in zip(axes, panels.items()):
+        for name in names:
+            points = [(line["step"], line[name]) for line in lines if name in line]
+            if points:
+                axis.plot(*zip(*points), label=name, marker="o" if name.startswith("val") else None, markersize=3)
+        if title == "loss terms":
+            axis.set_yscale("log")
+        axis.set(title=title, xlabel="step")
+        if axis.lines:
+            axis.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=90)
+    plt.close(figure)
+
+
+@torch.no_grad()
+def draw_reconstructions(run):
+    """Held-out originals and reconstructions, in pairs, spread over the whole split."""
+    count = min(SHOWN, len(run.val_images))
+    keys = [i * len(run.val_images) // count for i in range(count)]
+    images = torch.cat(list(run.val_images.batches(keys, run.config.batch_size))).to(run.device).float() / 255
+    vqrae.save_pairs(images, run.average(images).reconstruction, run.args.out / "reconstructions.png")
+
+
+def train(run):
+    """The loop: steps, log lines, evaluations, checkpoints; then the final figures and pictures."""
+    args, config = run.args, run.config
+    args.out.mkdir(parents=True, exist_ok=True)
+    begin = time.time()
+    if args.resume and run.checkpoint.exists():
+        run.load()
+        print(f"continuing {args.out} at step {run.done}")
+    elif run.checkpoint.exists() and not args.overwrite:
+        raise InputError(f"{args.out} already holds a run: --resume continues it, --overwrite replaces it, and another "
+                         "--out leaves it alone")
+    else:
+        run.start()
+    earlier, metrics = run.seconds, args.out / "metrics.jsonl"
+    lines = read_log(metrics, run.done)
+    metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    stop = []
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, lambda number, frame: stop.append(number))
+
+    keys = vqrae.TrainingOrder(len(run.train_images), args.seed, run.done * config.batch_size)
+    batches = iter(run.train_images.batches(keys, config.batch_size, run.workers))
+    bar = tqdm(total=config.steps, initial=run.done, desc="stage 1", unit="step", dynamic_ncols=True)
+    window_steps, window_start = run.done % args.log_every, time.time()
+    while run.done < config.steps and not stop:
+        run.step(next(batches))
+        bar.update()
+        window_steps += 1
+        last = run.done == config.steps
+        if run.done % args.log_every == 0 or last:
+            line = run.log(window_steps, time.time() - window_start)
+            if run.done % args.evaluate_every == 0 and not last:
+                line.update({f"val_{name}": value for name, value in run.evaluate().items()})
+            window_steps, window_start = 0, time.time()
+            lines.append(line)
+            with open(metrics, "a") as file:
+                file.write(json.dumps(line) + "\n")
+            shown = {"loss": f"{line['loss']:.3f}", "psnr": f"{line['train_psnr']:.1f}",
+                     "used": f"{line.get('train_utilization', 0):.0%}", "img/s": f"{line['images_per_second']:.0f}"}
+            bar.set_postfix(shown)
+            if "val_psnr" in line:
+                used = f", {line['val_utilization']:.1%} of codes, perplexity {line['val_perplexity']:.0f}"
+                bar.write(f"step {run.done}: held-out PSNR {line['val_psnr']:.2f} dB" + (used if "val_tokens" in line else ""))
+        if run.done % args.checkpoint_every == 0 or last or stop:
+            run.seconds = earlier + time.time() - begin
+            run.save()
+    bar.close()
+    if stop:
+        print(f"stopped after step {run.done} of {config.steps}; the same command with --resume goes on from here")
+        sys.exit(130)
+    finish(run, lines, earlier, begin)
+
+
+def finish(run, lines, earlier, begin):
+    """Final evaluation of the averaged weights; write the model, summary.json and the pictures."""
+    config, out = run.config, run.args.out
+    run.average.save_pretrained(out)
+    val = run.evaluate()
+    summary = {f"val_{name}": val[name] for name in ("psnr", "ssim", "utilization", "perplexity", "tokens") if name in val}
+    if config.quantizer != "none":
+        counts = vqrae.count_codes(run.average, run.train_images, config.batch_size, run.device, run.workers)
+        summary["train_utilization"], summary["train_perplexity"] = vqrae.codebook_usage(counts)
+        summary["train_tokens"] = int(counts.sum())
+    draw_curves(lines + [{"step": run.done, **{f"val_{name}": value for name, value in val.items()}}], out / "curves.png")
+    draw_reconstructions(run)
+    seconds = earlier + time.time() - begin
+    steady = [line["images_per_second"] for line in lines[1:]] or [0.0]
+    summary.update(seconds=seconds, images_per_second=sum(steady) / len(steady), steps=run.done, seed=run.args.seed,
+                   preset=run.args.preset, precision="bf16" if run.bf16 else "fp32", device=run.device.type,
+                   **{name: getattr(config, name) for name in ("quantizer", "codebook_size", "codebook_dim",
+                                                                "codebook_init", "perceptual", "batch_size")})
+    write_json(out / "summary.json", summary)
+    print(json.dumps(summary, indent=2))
+    print(f"pictures: {out}/reconstructions.png (originals left, reconstructions right) and {out}/curves.png")
+
+
+def matmul_rate(device, dtype, side=2048, seconds=1.0):
+    """Floating-point operations per second of a square matrix product, the most that a training step could reach."""
+    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    a @ b
+    begin, count = time.time(), 0
+    while time.time() - begin < seconds:
+        (a @ b).flatten()[0].item()  # reading a value waits for the device
+        count += 1
+    return 2 * side**3 * count / (time.time() - begin)
+
+
+def benchmark(run, warmup=3, steps=20):
+    """Time steady training steps and print one JSON line."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    run.start()
+    keys = vqrae.TrainingOrder(len(run.train_images), run.args.seed, 0)
+    batches = iter(run.train_images.batches(keys, run.config.batch_size, run.workers))
+    compiled, run.fast_model = run.fast_model, run.model
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # it cannot count the CPU's attention
+        run.step(next(batches))
+    run.fast_model = compiled
+    for _ in range(warmup):
+        run.step(next(batches))
+    begin = time.time()
+    for _ in range(steps):
+        run.step(next(batches))
+    seconds = (time.time() - begin) / steps
+    rate = matmul_rate(run.device, torch.bfloat16 if run.bf16 else torch.float32)
+    grid = run.config.image_size // run.model.config.encoder.patch_size
+    peak = (torch.cuda.max_memory_allocated() if run.device.type == "cuda"
+            else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024))
+    print(json.dumps({
+        "images_per_second": run.config.batch_size / seconds,
+        "tokens_per_second": run.config.batch_size * grid**2 / seconds,
+        "seconds_per_step": seconds,
+        "flop_per_step": counter.get_total_flops(),
+        "flop_per_second": counter.get_total_flops() / seconds,
+        "matmul_flop_per_second": rate,
+        "share_of_matmul": counter.get_total_flops() / seconds / rate,
+        "precision": "bf16" if run.bf16 else "fp32",
+        "peak_memory_bytes": peak,
+        "device": run.device.type, "compile": run.args.compile, "batch_size": run.config.batch_size,
+    }))
+
+
+def main(argv=None):
+    args, config = parse_args(argv)
+    if args.print_config:
+        print(json.dumps({"stage": args.stage, "preset": args.preset, "seed": args.seed, **asdict(config)}, indent=2))
+        return
+    try:
+        run = Run(args, config)
+        benchmark(run) if args.benchmark else train(run)
+    except (InputError, OSError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()
