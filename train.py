@@ -13,7 +13,6 @@ import copy
 import json
 import math
 import os
-import resource
 import signal
 import sys
 import time
@@ -419,8 +418,12 @@ def benchmark(run, warmup=3, steps=20):
     seconds = (time.time() - begin) / steps
     rate = matmul_rate(run.device, torch.bfloat16 if run.bf16 else torch.float32)
     grid = run.config.image_size // run.model.config.encoder.patch_size
-    peak = (torch.cuda.max_memory_allocated() if run.device.type == "cuda"
-            else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024))
+    if run.device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated()
+    else:
+        import resource  # not on Windows, and needed only here
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     print(json.dumps({
         "images_per_second": run.config.batch_size / seconds,
         "tokens_per_second": run.config.batch_size * grid**2 / seconds,

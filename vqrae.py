@@ -170,16 +170,24 @@ def hub_name(name):
     return "layernorm." + name[len("norm."):] if name.startswith("norm.") else name
 
 
-def hub_state_dict(encoder):
-    """The encoder's weights under the hub's names, ready for `save_file`; `load_encoder` and transformers read them."""
+def save_encoder(encoder, folder, dtype=torch.float32):
+    """Write an Encoder as a DINOv2 checkpoint in the hub's layout, which `load_encoder` and transformers both read."""
+    config, folder = encoder.config, Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    hub_config = {
+        "architectures": ["Dinov2Model"], "model_type": "dinov2", "image_size": config.image_size,
+        "patch_size": config.patch_size, "hidden_size": config.width, "num_hidden_layers": config.depth,
+        "num_attention_heads": config.heads, "mlp_ratio": config.mlp_width // config.width, "hidden_act": "gelu",
+        "layer_norm_eps": config.layer_norm_eps, "qkv_bias": True, "use_swiglu_ffn": False, "use_mask_token": False,
+    }
+    statistics = {"image_processor_type": "BitImageProcessor", "image_mean": config.mean, "image_std": config.std}
     weights = {}
     for name, tensor in encoder.state_dict().items():
-        if "qkv" in name:
-            parts = zip(("query", "key", "value"), tensor.chunk(3))
-            weights.update({hub_name(name).format(part): piece.contiguous() for part, piece in parts})
-        else:
-            weights[hub_name(name)] = tensor.contiguous()
-    return weights
+        parts = zip(("query", "key", "value"), tensor.chunk(3)) if "qkv" in name else [("", tensor)]
+        weights.update({hub_name(name).format(part): piece.to(dtype).contiguous() for part, piece in parts})
+    (folder / "config.json").write_text(json.dumps(hub_config, indent=2) + "\n")
+    (folder / "preprocessor_config.json").write_text(json.dumps(statistics, indent=2) + "\n")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def read_json(path):
@@ -871,13 +879,18 @@ class ImageSet(torch.utils.data.Dataset):
                 unreadable.append(str(source))
         else:
             raise InputError(f"no image in {self.folder} can be read")
-        image = pixels.resize(image, self.size, interpolation=pixels.InterpolationMode.BICUBIC)
-        top, left = (image.height - self.size) // 2, (image.width - self.size) // 2
+        return self.prepare(image, self.size, seed), unreadable
+
+    @staticmethod
+    def prepare(image, size, seed=None):
+        """A PIL image -> uint8 (3, size, size): resized on the shorter side, centre crop; with a seed, random crop, flip."""
+        image = pixels.resize(image, size, interpolation=pixels.InterpolationMode.BICUBIC)
+        top, left = (image.height - size) // 2, (image.width - size) // 2
         if seed is not None:
             draw = torch.rand(3, generator=torch.Generator().manual_seed(seed)).tolist()
-            top, left = int(draw[0] * (image.height - self.size + 1)), int(draw[1] * (image.width - self.size + 1))
+            top, left = int(draw[0] * (image.height - size + 1)), int(draw[1] * (image.width - size + 1))
             image = pixels.hflip(image) if draw[2] < 0.5 else image
-        return pixels.pil_to_tensor(pixels.crop(image, top, left, self.size, self.size)), unreadable
+        return pixels.pil_to_tensor(pixels.crop(image, top, left, size, size))
 
     def batches(self, keys, batch_size, workers=0):
         """Yield the images of the keys, in their order, as uint8 tensors (up to batch_size, 3, size, size)."""

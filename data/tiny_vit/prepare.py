@@ -24,7 +24,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageEnhance
-from safetensors.torch import save_file
 from torch import nn
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -259,29 +258,6 @@ def probe(encoder):
     return scores
 
 
-def save(encoder, folder):
-    """Write the encoder in the hub's layout, in half precision."""
-    hub_config = {
-        "architectures": ["Dinov2Model"], "model_type": "dinov2", "hidden_act": "gelu", "hidden_size": STUDENT.width,
-        "num_hidden_layers": STUDENT.depth, "num_attention_heads": STUDENT.heads,
-        "mlp_ratio": STUDENT.mlp_width // STUDENT.width, "image_size": STUDENT.image_size,
-        "patch_size": STUDENT.patch_size, "num_channels": 3, "layer_norm_eps": STUDENT.layer_norm_eps,
-        "layerscale_value": 1.0, "qkv_bias": True, "use_swiglu_ffn": False, "use_mask_token": False,
-        "attention_probs_dropout_prob": 0.0, "hidden_dropout_prob": 0.0, "drop_path_rate": 0.0,
-        "initializer_range": 0.02, "apply_layernorm": True, "reshape_hidden_states": True,
-        "stage_names": ["stem"] + [f"stage{i + 1}" for i in range(STUDENT.depth)],
-        "out_features": [f"stage{STUDENT.depth}"], "out_indices": [STUDENT.depth], "dtype": "float16",
-    }
-    statistics = {"image_mean": STUDENT.mean, "image_std": STUDENT.std, "do_resize": True, "do_normalize": True,
-                  "do_rescale": True, "rescale_factor": 1 / 255, "image_processor_type": "BitImageProcessor",
-                  "size": {"height": STUDENT.image_size, "width": STUDENT.image_size}}
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(hub_config, indent=2) + "\n")
-    (folder / "preprocessor_config.json").write_text(json.dumps(statistics, indent=2) + "\n")
-    weights = {name: tensor.half() for name, tensor in vqrae.hub_state_dict(encoder).items()}
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-
-
 def train(teacher, cache, count, steps, batch_size, lr, start, out):
     """Fit the student to the cached teacher; AdamW, warm-up and cosine, an exponential average of the weights ships."""
     torch.manual_seed(0)
@@ -336,6 +312,6 @@ def train(teacher, cache, count, steps, batch_size, lr, start, out):
             torch.save({"step": step, "student": student.state_dict(), "average": average.state_dict(),
                         "optimizer": optimizer.state_dict()}, saved.with_suffix(".tmp"))
             saved.with_suffix(".tmp").replace(saved)
-            save(average.module.encoder, out)
+            vqrae.save_encoder(average.module.encoder, out, torch.float16)
             print(f"step {step}: saved to {out}", flush=True)
     return average.module.encoder.eval()

@@ -1,0 +1,898 @@
+"""Properties of VQRAE, one a test: read the names as a summary of the method.
+
+    pytest test_vqrae.py
+
+Hypothesis draws shapes, seeds and values. What is compared is an independent reference: float64 brute force,
+transformers, scikit-image, scipy, or the lpips package, on random weights; nothing is downloaded.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from safetensors.torch import load_file
+
+import sample
+import train
+import vqrae
+from vqrae import InputError
+
+settings.register_profile("repeatable", max_examples=20, deadline=None, derandomize=True)
+settings.load_profile("repeatable")
+seeds = st.integers(0, 2**31)
+ROOT = Path(__file__).resolve().parent
+
+
+def small_vit(image_size=16, patch_size=4, width=24, depth=2, heads=2):
+    return vqrae.ViTConfig(image_size, patch_size, width, depth, heads, mlp_width=2 * width)
+
+
+def small_model(seed=0, q=4, quantizer="simvq", **changes):
+    torch.manual_seed(seed)
+    config = {"codebook_size": 40, "codebook_dim": 12, **changes}
+    return vqrae.VQRAE(vqrae.VQRAEConfig(small_vit(), q, quantizer=quantizer, **config)).eval()
+
+
+@pytest.fixture(scope="session")
+def encoder_folder(tmp_path_factory):
+    """A small random encoder as a checkpoint on disk."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("encoder")
+    vqrae.save_encoder(vqrae.Encoder(small_vit()), folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def photo_folder(tmp_path_factory):
+    """Twelve pictures of colour ramps in two class folders."""
+    folder = tmp_path_factory.mktemp("photos")
+    for i in range(12):
+        ramp = np.linspace(0, 255, 24 * 20 * 3).reshape(20, 24, 3) * (i + 1) / 12
+        (folder / f"class{i % 2}").mkdir(exist_ok=True)
+        Image.fromarray(np.roll(ramp, i, axis=2).astype(np.uint8)).save(folder / f"class{i % 2}/{i}.png")
+    return folder
+
+
+@pytest.fixture
+def short_run(encoder_folder, photo_folder, tmp_path):
+    """Arguments of a training run that takes a second."""
+    return ["--stage", "1", "--encoder", str(encoder_folder), "--data", str(photo_folder), "--image-size", "16",
+            "--codebook-size", "32", "--codebook-dim", "8", "--batch-size", "4", "--steps", "6", "--log-every", "2",
+            "--evaluate-every", "4", "--checkpoint-every", "3", "--workers", "0", "--device", "cpu",
+            "--out", str(tmp_path / "run")]
+
+
+# --- the quantizer: Eq. 1 and Eq. 3 ---
+
+
+def make_quantizer(kind, K, e, seed, **options):
+    torch.manual_seed(seed)
+    quantizer = {"simvq": vqrae.SimVQ, "vq": vqrae.VectorQuantizer}[kind](K, e, **options)
+    return quantizer, torch.randn(64, e)
+
+
+kinds = st.sampled_from(["simvq", "vq"])
+
+
+@given(kinds, st.integers(1, 200), st.integers(1, 40), seeds)
+def test_the_chosen_code_is_the_nearest_by_float64_brute_force(kind, K, e, seed):
+    quantizer, z = make_quantizer(kind, K, e, seed)
+    indices = quantizer(z)[1]
+    codes = quantizer.codebook.detach().numpy().astype(np.float64)
+    if kind == "simvq":
+        codes = codes @ quantizer.W.weight.detach().numpy().astype(np.float64).T + quantizer.W.bias.detach().numpy()
+    distance = ((z.numpy().astype(np.float64)[:, None] - codes[None]) ** 2).sum(-1)
+    chosen = distance[np.arange(len(z)), indices.numpy()]
+    assert np.all(chosen <= distance.min(1) + 1e-5 * (1 + e))
+
+
+@given(kinds, st.integers(1, 100), st.integers(1, 20), st.integers(1, 120), st.integers(1, 70), seeds)
+def test_streaming_over_codes_and_tokens_finds_what_the_full_search_finds(kind, K, e, code_chunk, token_chunk, seed):
+    quantizer, z = make_quantizer(kind, K, e, seed)
+    streamed = quantizer.lookup(quantizer.search(z, code_chunk, token_chunk))
+    full = quantizer.lookup(quantizer.search(z, K, len(z)))
+    torch.testing.assert_close((z - streamed).norm(dim=1), (z - full).norm(dim=1), rtol=1e-5, atol=1e-5)
+
+
+@given(kinds, st.integers(2, 100), st.integers(2, 40), seeds)
+def test_quantizing_a_code_returns_that_code(kind, K, e, seed):
+    quantizer, _ = make_quantizer(kind, K, e, seed)
+    indices = torch.arange(K)
+    z_q, found, codebook_loss, commitment_loss = quantizer(quantizer.lookup(indices))
+    assert torch.equal(found, indices)
+    torch.testing.assert_close(z_q, quantizer.lookup(indices))
+    assert codebook_loss < 1e-10 and commitment_loss < 1e-10
+
+
+@given(kinds, seeds)
+def test_straight_through_has_the_value_of_the_code_and_the_gradient_of_the_feature(kind, seed):
+    quantizer, z = make_quantizer(kind, 30, 8, seed)
+    z.requires_grad_()
+    z_q, indices, _, _ = quantizer(z)
+    torch.testing.assert_close(z_q, quantizer.lookup(indices))
+    upstream = torch.randn_like(z_q)
+    (gradient,) = torch.autograd.grad(z_q, z, upstream)
+    assert torch.equal(gradient, upstream)
+
+
+@given(st.sampled_from(["commitment", "codebook"]), st.floats(0, 1), seeds)
+def test_beta_weighs_one_side_which_only_gradients_can_tell(side, beta, seed):
+    quantizer, z = make_quantizer("vq", 30, 8, seed, beta=beta, beta_side=side)
+    z.requires_grad_()
+    _, indices, codebook_loss, commitment_loss = quantizer(z)
+    (codebook_loss + commitment_loss).backward()
+    q = quantizer.codebook.detach()[indices]
+    torch.testing.assert_close(codebook_loss + commitment_loss, (1 + beta) * F.mse_loss(z, q))  # the same on both sides
+    towards_code = 2 * (z.detach() - q) / z.numel()
+    towards_feature = torch.zeros_like(q).new_zeros(30, 8).index_add_(0, indices, -towards_code)
+    weight_z, weight_code = (beta, 1.0) if side == "commitment" else (1.0, beta)
+    torch.testing.assert_close(z.grad, weight_z * towards_code)
+    torch.testing.assert_close(quantizer.codebook.grad, weight_code * towards_feature)
+
+
+@given(seeds)
+def test_W_learns_from_the_codebook_loss_and_from_nothing_else(seed):
+    quantizer, z = make_quantizer("simvq", 30, 8, seed)
+    z_q, _, codebook_loss, commitment_loss = quantizer(z.requires_grad_())
+    assert all(g is None for g in torch.autograd.grad(z_q.pow(2).sum() + commitment_loss, quantizer.W.parameters(),
+                                                      allow_unused=True, retain_graph=True))
+    assert all(g.abs().max() > 0 for g in torch.autograd.grad(codebook_loss, quantizer.W.parameters(), retain_graph=True))
+    assert torch.autograd.grad(codebook_loss, z, allow_unused=True) == (None,)
+
+
+def one_step(quantizer, z):
+    before = quantizer.lookup(torch.arange(len(quantizer.codebook))).detach().clone()
+    optimizer = torch.optim.SGD(quantizer.parameters(), lr=1.0)
+    _, indices, codebook_loss, commitment_loss = quantizer(z)
+    (codebook_loss + commitment_loss).backward()
+    optimizer.step()
+    after = quantizer.lookup(torch.arange(len(quantizer.codebook))).detach()
+    never_chosen = torch.ones(len(before), dtype=torch.bool)
+    never_chosen[indices.unique()] = False
+    return (after - before).abs().amax(1), never_chosen
+
+
+@given(seeds)
+def test_moving_W_moves_codes_that_were_never_chosen(seed):
+    quantizer, z = make_quantizer("simvq", 200, 8, seed)
+    moved, never_chosen = one_step(quantizer, z)
+    assert never_chosen.any() and (moved[never_chosen] > 0).all()
+
+
+@given(seeds)
+def test_in_plain_vq_codes_that_were_never_chosen_stay_put(seed):
+    quantizer, z = make_quantizer("vq", 200, 8, seed)
+    moved, never_chosen = one_step(quantizer, z)
+    assert never_chosen.any() and (moved[never_chosen] == 0).all() and (moved[~never_chosen] > 0).all()
+
+
+@given(seeds)
+def test_the_base_codebook_of_simvq_never_changes_and_is_no_parameter(seed):
+    quantizer, z = make_quantizer("simvq", 50, 8, seed)
+    before = quantizer.codebook.clone()
+    for _ in range(3):
+        one_step(quantizer, z)
+    assert torch.equal(quantizer.codebook, before)
+    assert {name for name, _ in quantizer.named_parameters()} == {"W.weight", "W.bias"}
+
+
+def test_only_chosen_codes_enter_the_graph_so_memory_does_not_grow_with_the_codebook():
+    quantizer, z = make_quantizer("simvq", 5000, 8, 0)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
+        quantizer(z.requires_grad_())
+    assert max(saved) <= max(z.numel(), quantizer.W.weight.numel())
+
+
+@given(kinds, seeds)
+def test_the_search_ignores_autocast_since_bf16_would_pick_wrong_neighbours(kind, seed):
+    quantizer, z = make_quantizer(kind, 100, 16, seed)
+    expected = quantizer(z)[1]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(quantizer(z)[1], expected)
+
+
+@given(kinds, st.integers(1, 60), seeds)
+def test_codes_started_on_data_are_all_in_use(kind, K, seed):
+    quantizer, _ = make_quantizer(kind, K, 6, seed)
+    z = torch.randn(500, 6) * torch.tensor([3.0, 1, 1, 0.1, 0.1, 0.01]) + 5  # a common mean, few directions
+    z[:250] = z[0]  # half of it one and the same background token
+    vqrae.start_codebook(quantizer, z, generator=torch.Generator().manual_seed(seed))
+    assert vqrae.codebook_usage(torch.bincount(quantizer.search(z), minlength=K))[0] >= 0.95
+    if kind == "simvq":
+        assert torch.equal(quantizer.lookup(torch.arange(K)), quantizer.codebook)  # W starts as the identity
+
+
+def test_codes_from_a_gaussian_are_mostly_unused_on_features_with_a_common_mean():
+    quantizer, _ = make_quantizer("simvq", 512, 32, 0)
+    z = 0.3 * torch.randn(2000, 32) + 2 * torch.randn(32)
+    assert vqrae.codebook_usage(torch.bincount(quantizer.search(z), minlength=512))[0] < 0.1
+    vqrae.start_codebook(quantizer, z, generator=torch.Generator().manual_seed(0))
+    assert vqrae.codebook_usage(torch.bincount(quantizer.search(z), minlength=512))[0] > 0.95
+
+
+def test_a_codebook_larger_than_the_data_is_refused_in_one_sentence():
+    with pytest.raises(InputError, match="100 codes cannot start from 64 features"):
+        vqrae.start_codebook(*make_quantizer("vq", 100, 4, 0))
+
+
+# --- the encoder ---
+
+
+def transformers_twin(tmp_path, seed, layer_scale=0.7):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(seed)
+    config = transformers.Dinov2Config(hidden_size=24, num_hidden_layers=3, num_attention_heads=2, mlp_ratio=2, image_size=20,
+                                       patch_size=4, layerscale_value=layer_scale)
+    twin = transformers.Dinov2Model(config).eval()
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))  # biases and norms away from their trivial start
+    twin.save_pretrained(tmp_path)
+    return twin
+
+
+def assert_same_patch_tokens(encoder, twin, images):
+    pixels = (images - torch.tensor(vqrae.ViTConfig.mean)[:, None, None]) / torch.tensor(vqrae.ViTConfig.std)[:, None, None]
+    with torch.no_grad():
+        torch.testing.assert_close(encoder(images), twin(pixels).last_hidden_state[:, 1:], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("height, width", [(20, 20), (12, 12), (32, 24)])
+def test_patch_tokens_equal_those_of_transformers_at_native_and_other_sizes(tmp_path, height, width):
+    twin = transformers_twin(tmp_path, seed=height)
+    assert_same_patch_tokens(vqrae.load_encoder(tmp_path), twin, torch.rand(3, 3, height, width))
+
+
+def test_the_shipped_encoder_equals_transformers_too():
+    transformers = pytest.importorskip("transformers")
+    folder = ROOT / "data/tiny_vit"
+    twin, report = transformers.Dinov2Model.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
+    assert_same_patch_tokens(vqrae.load_encoder(folder), twin.eval(), torch.rand(2, 3, 64, 64))
+
+
+def test_the_real_dinov2_equals_transformers_where_it_is_at_hand():
+    folder = ROOT.parent / "shared/weights/dinov2-small"
+    if not folder.exists():
+        pytest.skip("no ../shared/weights/dinov2-small beside this checkout: the check on real weights was skipped")
+    twin = pytest.importorskip("transformers").Dinov2Model.from_pretrained(folder, dtype=torch.float32).eval()
+    for size in (518, 112):
+        assert_same_patch_tokens(vqrae.load_encoder(folder), twin, torch.rand(1, 3, size, size))
+
+
+def test_a_saved_encoder_loads_as_the_same_encoder(tmp_path):
+    torch.manual_seed(1)
+    encoder, images = vqrae.Encoder(small_vit()).eval(), torch.rand(2, 3, 16, 16)
+    vqrae.save_encoder(encoder, tmp_path)
+    assert torch.equal(vqrae.load_encoder(tmp_path)(images), encoder(images))
+
+
+def test_the_encoder_applies_its_own_mean_and_std(tmp_path):
+    torch.manual_seed(1)
+    config = small_vit()
+    config.mean, config.std = (0.5, 0.4, 0.3), (0.2, 0.1, 0.3)
+    vqrae.save_encoder(vqrae.Encoder(config), tmp_path)
+    loaded = vqrae.load_encoder(tmp_path)
+    assert loaded.config.mean == config.mean and loaded.config.std == config.std
+    flat = torch.tensor(config.mean)[:, None, None].expand(1, 3, 16, 16)
+    bias = loaded.patch_embed.bias.view(1, -1, 1, 1).expand(1, -1, 4, 4)
+    torch.testing.assert_close(loaded.patch_embed((flat - loaded.mean) / loaded.std), bias)
+
+
+def test_images_that_do_not_divide_into_patches_are_refused():
+    with pytest.raises(InputError, match="17 x 16 pixels do not divide into patches of 4"):
+        small_model().encoder(torch.rand(1, 3, 17, 16))
+
+
+@pytest.mark.parametrize("damage, sentence", [
+    (lambda f: (f / "model.safetensors").write_bytes(b"not a checkpoint"), "cannot read the weights"),
+    (lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-100]), "cannot read the weights"),
+    (lambda f: (f / "model.safetensors").unlink(), "cannot read the weights"),
+    (lambda f: (f / "config.json").unlink(), "cannot read .*config.json"),
+    (lambda f: (f / "config.json").write_text("{"), "not valid JSON"),
+    (lambda f: (f / "config.json").write_text('{"model_type": "dinov2", "hidden_act": "gelu"}'), "lacks 'image_size'"),
+    (lambda f: (f / "config.json").write_text('{"model_type": "bert"}'), "of type 'bert'"),
+    (lambda f: (f / "config.json").write_text((f / "config.json").read_text().replace('s": 2', 's": 3')), "no tensor|shape"),
+])
+def test_a_damaged_encoder_is_one_sentence_with_its_path(tmp_path, damage, sentence):
+    vqrae.save_encoder(vqrae.Encoder(small_vit()), tmp_path)
+    damage(tmp_path)
+    with pytest.raises(InputError, match=sentence) as error:
+        vqrae.load_encoder(tmp_path)
+    assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_an_encoder_that_is_nowhere_is_one_sentence(monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(InputError, match="no encoder at 'nobody/nothing'"):
+        vqrae.load_encoder("nobody/nothing")
+
+
+# --- the decoder and the whole ---
+
+
+@pytest.mark.parametrize("q", [1, 3, 4, 8])
+def test_q_scales_the_output_by_q_over_p(q):
+    model, images = small_model(q=q), torch.rand(2, 3, 16, 24)
+    assert model(images).reconstruction.shape == (2, 3, 16 * q // 4, 24 * q // 4)
+    assert model.decode(model.encode(images)[1], rows=4).shape == (2, 3, 16 * q // 4, 24 * q // 4)
+
+
+def test_every_token_writes_its_own_square_of_pixels():
+    """With the blocks taken out, changing one token changes one q x q patch at its place and nothing else."""
+    model = small_model(q=5)
+    model.decoder.blocks = torch.nn.ModuleList()
+    x = torch.randn(1, 6, 24)
+    y = x.clone()
+    y[0, 4] += torch.randn(24)
+    changed = (model.decoder(x, 2, 3) != model.decoder(y, 2, 3)).any(1)[0]
+    expected = torch.zeros(10, 15, dtype=torch.bool)
+    expected[5:10, 5:10] = True  # token 4 of a grid of 2 x 3: second row, second column
+    assert torch.equal(changed, expected)
+
+
+def test_positions_differ_everywhere_and_neighbours_resemble_each_other_most():
+    positions = vqrae.sincos_positions(5, 7, 48)[0]
+    similarity = (positions @ positions.T).fill_diagonal_(-1)
+    best = similarity.argmax(1)
+    rows, columns = torch.arange(35) // 7, torch.arange(35) % 7
+    assert torch.all((rows - rows[best]).abs() + (columns - columns[best]).abs() == 1)
+
+
+@given(seeds, st.sampled_from(["simvq", "vq"]))
+@settings(max_examples=5)
+def test_decoding_the_indices_gives_the_reconstruction_of_the_forward_pass(seed, kind):
+    model, images = small_model(seed, quantizer=kind), torch.rand(3, 3, 16, 16)
+    _, indices = model.encode(images)
+    out = model(images)
+    assert torch.equal(indices, out.indices)
+    torch.testing.assert_close(model.decode(indices), out.reconstruction.clamp(0, 1), rtol=1e-5, atol=1e-6)
+
+
+@given(seeds, st.permutations(range(6)), st.integers(1, 6))
+@settings(max_examples=5)
+def test_order_and_size_of_the_batch_do_not_change_an_image(seed, order, size):
+    model = small_model(seed)
+    images = torch.rand(6, 3, 16, 16)
+    whole = model(images).reconstruction
+    parts = torch.cat([model(part).reconstruction for part in images[list(order)].split(size)])
+    torch.testing.assert_close(parts, whole[list(order)], rtol=1e-4, atol=1e-5)
+
+
+def test_a_saved_model_is_loaded_as_the_same_model(tmp_path):
+    for quantizer in vqrae.QUANTIZERS:
+        model, images = small_model(quantizer=quantizer, q=8), torch.rand(2, 3, 16, 16)
+        model.save_pretrained(tmp_path)
+        loaded = vqrae.VQRAE.from_pretrained(tmp_path)
+        assert loaded.config == model.config
+        assert torch.equal(loaded(images).reconstruction, model(images).reconstruction)
+
+
+def test_without_a_quantizer_features_pass_unchanged():
+    model = small_model(quantizer="none")
+    out = model(torch.rand(2, 3, 16, 16))
+    assert out.indices is None and torch.equal(out.z, out.z_q) and out.codebook_loss == out.commitment_loss == 0
+    with pytest.raises(InputError):
+        model.decode(torch.zeros(1, 16, dtype=torch.int64))
+
+
+def test_standardised_features_have_zero_mean_and_unit_variance_per_channel():
+    model = small_model()
+    features = model.encoder(torch.rand(32, 3, 16, 16)).detach().flatten(0, 1)
+    model.start(features, "data", torch.Generator().manual_seed(0))
+    z = model.standardise(features)
+    torch.testing.assert_close(z.mean(0), torch.zeros(24), atol=1e-4, rtol=0)
+    torch.testing.assert_close(z.std(0), torch.ones(24), atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("damage, sentence", [
+    (lambda f: (f / "model.safetensors").write_bytes(b"\xff" * 40), "cannot read the weights"),
+    (lambda f: (f / "config.json").write_text("[]"), "does not describe a VQRAE"),
+    (lambda f: (f / "config.json").write_text((f / "config.json").read_text().replace("40", "41")), "has shape"),
+    (lambda f: [p.unlink() for p in f.iterdir()] and f.rmdir(), "does not exist"),
+])
+def test_a_damaged_model_is_one_sentence_with_its_path(tmp_path, damage, sentence):
+    folder = tmp_path / "model"
+    small_model().save_pretrained(folder)
+    damage(folder)
+    with pytest.raises(InputError, match=sentence) as error:
+        vqrae.VQRAE.from_pretrained(folder)
+    assert str(folder) in str(error.value)
+
+
+# --- the losses: Eq. 2 and Eq. 4 ---
+
+
+def test_lpips_equals_the_lpips_package_on_random_weights():
+    lpips = pytest.importorskip("lpips")
+    torch.manual_seed(0)
+    network = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
+    x, y = torch.rand(2, 2, 3, 64, 64)
+    with torch.no_grad():
+        expected = network(2 * x - 1, 2 * y - 1).flatten()
+        ours = vqrae.PaperPerceptual(network, torch.nn.Identity()).lpips(x, y)
+    torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-6)
+
+
+def test_the_papers_perceptual_loss_is_lpips_plus_a_tenth_of_the_convnext_logits():
+    lpips = pytest.importorskip("lpips")
+    from torchvision.models import convnext_small
+
+    torch.manual_seed(0)
+    perceptual = vqrae.PaperPerceptual(lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False), convnext_small())
+    x, y = torch.rand(2, 1, 3, 32, 32)
+    with torch.no_grad():
+        logits = [perceptual.convnext((F.interpolate(image, size=224, mode="bilinear", antialias=True)
+                                       - torch.tensor(vqrae.ViTConfig.mean)[:, None, None])
+                                      / torch.tensor(vqrae.ViTConfig.std)[:, None, None]) for image in (x, y)]
+        expected = perceptual.lpips(x, y).mean() + 0.1 * (logits[0] - logits[1]).pow(2).mean()
+        torch.testing.assert_close(perceptual(x, y), expected)
+
+
+def test_the_gradient_of_lpips_is_finite_where_all_features_are_zero():
+    features = torch.zeros(1, 8, 2, 2, requires_grad=True)
+    vqrae.unit(features, 1).sum().backward()
+    assert torch.isfinite(features.grad).all()
+
+
+def test_the_vfm_loss_is_zero_for_equal_images_and_leaves_no_gradient_on_the_encoder():
+    encoder = small_model().encoder.requires_grad_(False)
+    perceptual, x = vqrae.VFMPerceptual(encoder), torch.rand(2, 3, 16, 16)
+    assert perceptual(x, x, torch.Generator().manual_seed(0)) < 1e-6
+    y = torch.rand(2, 3, 16, 16, requires_grad=True)
+    perceptual(x, y, torch.Generator().manual_seed(0)).backward()
+    assert y.grad.abs().max() > 0 and all(p.grad is None for p in encoder.parameters())
+
+
+def test_the_vfm_loss_looks_through_windows_that_do_not_share_the_decoders_grid():
+    perceptual = vqrae.VFMPerceptual(small_model().encoder)
+    x, y = torch.rand(2, 1, 3, 16, 16)
+    generator = torch.Generator().manual_seed(0)
+    assert len({round(perceptual(x, y, generator).item(), 7) for _ in range(20)}) > 5
+
+
+def test_the_stage_1_loss_is_mse_plus_weighted_perceptual_plus_both_quantizer_terms():
+    model, images = small_model(), torch.rand(2, 3, 16, 16)
+    out = model(images)
+    loss, terms = vqrae.stage1_loss(images, out, lambda x, y, generator: (x - y).abs().mean(), 1.1)
+    expected = ((images - out.reconstruction) ** 2).mean() + 1.1 * (images - out.reconstruction).abs().mean()
+    torch.testing.assert_close(loss, expected + out.codebook_loss + out.commitment_loss)
+    assert set(terms) == {"mse", "perceptual", "codebook", "commitment"}
+
+
+# --- metrics ---
+
+
+@given(st.integers(11, 40), st.integers(11, 40), seeds, st.floats(0.001, 1))
+def test_psnr_and_ssim_equal_those_of_scikit_image(height, width, seed, noise):
+    from skimage import metrics
+
+    rng = np.random.default_rng(seed)
+    x = rng.random((2, 3, height, width))
+    y = np.clip(x + noise * rng.standard_normal(x.shape), 0, 1)
+    ours = vqrae.psnr(torch.tensor(x), torch.tensor(y)), vqrae.ssim(torch.tensor(x), torch.tensor(y))
+    for i in range(2):
+        assert ours[0][i].item() == pytest.approx(metrics.peak_signal_noise_ratio(x[i], y[i], data_range=1), abs=1e-4)
+        expected = metrics.structural_similarity(x[i], y[i], data_range=1, channel_axis=0, gaussian_weights=True, sigma=1.5,
+                                                 use_sample_covariance=False)
+        assert ours[1][i].item() == pytest.approx(expected, abs=1e-6)
+
+
+@given(st.integers(1, 300), seeds)
+def test_perplexity_is_the_number_of_codes_when_all_are_equally_frequent_and_less_otherwise(K, seed):
+    utilization, perplexity = vqrae.codebook_usage(torch.full((K,), 7))
+    assert utilization == 1 and perplexity == pytest.approx(K)
+    counts = torch.randint(0, 9, (K,), generator=torch.Generator().manual_seed(seed))
+    counts[0] = 1
+    utilization, perplexity = vqrae.codebook_usage(counts)
+    assert utilization == pytest.approx((counts > 0).sum().item() / K)
+    assert 1 - 1e-9 <= perplexity <= (counts > 0).sum().item() + 1e-6
+    assert vqrae.codebook_usage(torch.tensor([5, 0, 0, 0])) == (0.25, 1.0)
+
+
+@given(st.integers(2, 8), seeds)
+def test_the_frechet_distance_equals_its_formula_with_scipys_matrix_root(d, seed):
+    from scipy.linalg import sqrtm
+
+    rng = np.random.default_rng(seed)
+    x, y = rng.standard_normal((50, d)), 1.5 * rng.standard_normal((60, d)) + rng.standard_normal(d)
+    a, b = np.cov(x.T), np.cov(y.T)
+    expected = ((x.mean(0) - y.mean(0)) ** 2).sum() + np.trace(a + b - 2 * np.real(sqrtm(a @ b)))
+    assert vqrae.frechet_distance(torch.tensor(x), torch.tensor(y)) == pytest.approx(expected, rel=1e-6, abs=1e-6)
+    assert vqrae.frechet_distance(torch.tensor(x), torch.tensor(x)) == pytest.approx(0, abs=1e-6)
+
+
+def test_a_linear_probe_reads_linear_classes_and_guesses_at_noise():
+    generator = torch.Generator().manual_seed(0)
+    x, direction = torch.randn(600, 10, generator=generator), torch.randn(10, 3, generator=generator)
+    labels = (x @ direction).argmax(1)
+    assert vqrae.linear_probe(x[:400], labels[:400], x[400:], labels[400:]) > 0.85
+    shuffled = labels[torch.randperm(600, generator=generator)]
+    assert vqrae.linear_probe(x[:400], shuffled[:400], x[400:], shuffled[400:]) < 0.6
+
+
+# --- images ---
+
+
+def test_held_out_emoji_are_held_out_in_every_style():
+    train_names, val_names = ({record["name"] for record in vqrae.ImageSet(ROOT / "data/emoji", split, 64).records}
+                              for split in ("train", "val"))
+    assert train_names and val_names and not train_names & val_names
+    assert 0.15 < len(val_names) / len(train_names | val_names) < 0.25
+
+
+def test_every_shipped_image_has_a_tile_a_caption_and_a_category():
+    for name, size, expected in (("emoji", 64, 4832), ("photos", 128, 210)):
+        images = vqrae.ImageSet(ROOT / "data" / name, "all", size)
+        assert len(images) == expected
+        assert all(record["caption"] and record["category"] for record in images.records)
+        assert min(tile.std() for tile in images.sources) > 0 and all(tile.shape == (size, size, 3) for tile in images.sources)
+
+
+RED = (200, 40, 10)
+
+
+def write_variants(folder):
+    """The same red picture in every kind of file, and what each should read as."""
+    image = Image.new("RGB", (30, 20), RED)
+    image.save(folder / "rgb.png")
+    image.convert("P").save(folder / "palette.png")
+    image.convert("CMYK").save(folder / "cmyk.tif")
+    clear = Image.new("RGBA", (30, 20), (0, 0, 0, 0))
+    clear.paste(RED + (255,), (0, 0, 30, 20))
+    clear.save(folder / "rgba.png")
+    image.save(folder / "plain.webp", lossless=True)
+    return ["rgb.png", "palette.png", "cmyk.tif", "rgba.png", "plain.webp"]
+
+
+def test_every_kind_of_file_reads_as_the_same_rgb_picture(tmp_path):
+    for name in write_variants(tmp_path):
+        image = vqrae.read_image(tmp_path / name)
+        assert image.mode == "RGB" and image.size == (30, 20)
+        assert np.abs(np.asarray(image).astype(int) - RED).max() <= 25, name  # a palette of 216 colours is coarse
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_transparency_lies_on_white(tmp_path, mode):
+    image = Image.new("RGBA", (8, 8), (0, 0, 0, 0)).convert("RGBA" if mode == "P" else mode)
+    if mode == "P":
+        image = image.quantize(4)
+    image.save(tmp_path / "clear.png")
+    assert np.asarray(vqrae.read_image(tmp_path / "clear.png")).min() == 255
+
+
+@given(st.integers(0, 65535))
+@settings(max_examples=10)
+def test_16_bit_grey_is_scaled_not_clipped(tmp_path_factory, value):
+    path = tmp_path_factory.mktemp("deep") / "deep.png"
+    Image.fromarray(np.full((4, 4), value, np.uint16)).save(path)
+    assert abs(int(np.asarray(vqrae.read_image(path))[0, 0, 0]) - value / 257) <= 0.51
+
+
+def test_a_photo_taken_sideways_comes_upright(tmp_path):
+    image = Image.new("RGB", (30, 20), RED)
+    exif = image.getexif()
+    exif[0x0112] = 6  # the camera was turned by 90 degrees
+    image.save(tmp_path / "turned.jpg", exif=exif)
+    assert vqrae.read_image(tmp_path / "turned.jpg").size == (20, 30)
+
+
+def test_files_that_are_no_images_are_skipped_counted_and_named_once(tmp_path, capsys):
+    write_variants(tmp_path)
+    (tmp_path / "notes.txt").write_text("not an image")
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG broken")
+    whole = (tmp_path / "rgb.png").read_bytes()
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)).save(tmp_path / "cut.jpg")
+    (tmp_path / "cut.jpg").write_bytes((tmp_path / "cut.jpg").read_bytes()[:2000])  # its header is fine, its pixels are not
+    images = vqrae.ImageSet(tmp_path, "all", 16)
+    for _ in range(2):
+        assert sum(len(batch) for batch in images.batches(range(len(images)), 4)) == len(images) == 6
+    said = capsys.readouterr().err
+    assert "skipped 2 files" in said and all(said.count(name) == 1 for name in ("notes.txt", "broken.png", "cut.jpg"))
+    assert whole == (tmp_path / "rgb.png").read_bytes()
+
+
+def test_an_empty_or_missing_folder_is_one_sentence(tmp_path):
+    with pytest.raises(InputError, match=f"no images at {tmp_path}"):
+        vqrae.ImageSet(tmp_path, "train", 16)
+    with pytest.raises(InputError, match="does not exist"):
+        vqrae.ImageSet(tmp_path / "nowhere", "train", 16)
+
+
+def test_a_folder_is_read_lazily_so_that_memory_stays_flat(photo_folder):
+    assert all(isinstance(source, Path) for source in vqrae.ImageSet(photo_folder, "all", 16).sources)
+
+
+def test_train_and_val_folders_make_the_split_and_otherwise_a_twentieth_is_held_out(tmp_path, photo_folder):
+    for half, count in (("train", 3), ("val", 2)):
+        (tmp_path / half / "cats").mkdir(parents=True)
+        for i in range(count):
+            Image.new("RGB", (20, 20), (i, 0, 0)).save(tmp_path / half / "cats" / f"{i}.png")
+    assert [len(vqrae.ImageSet(tmp_path, split, 16)) for split in ("train", "val", "all")] == [3, 2, 5]
+    parts = [{r["name"] for r in vqrae.ImageSet(photo_folder, split, 16).records} for split in ("train", "val", "all")]
+    assert parts[0] | parts[1] == parts[2] and not parts[0] & parts[1] and len(parts[1]) == 1
+
+
+def test_evaluation_takes_the_centre_and_training_a_random_window_and_flip():
+    ramp = np.broadcast_to(np.arange(40, dtype=np.uint8)[None, :, None], (16, 40, 3))
+    image = Image.fromarray(np.ascontiguousarray(ramp))
+    centre = vqrae.ImageSet.prepare(image, 16)
+    assert centre.shape == (3, 16, 16) and centre[0, 0].tolist() == list(range(12, 28))
+    views = [vqrae.ImageSet.prepare(image, 16, seed)[0, 0].tolist() for seed in range(60)]
+    assert len({min(view) for view in views}) > 10
+    assert {view[0] < view[-1] for view in views} == {True, False}
+    assert vqrae.ImageSet.prepare(image, 16, 7).equal(vqrae.ImageSet.prepare(image, 16, 7))
+
+
+@given(st.integers(1, 30), seeds, st.integers(0, 100))
+def test_a_resumed_order_is_the_rest_of_the_order_and_an_epoch_shows_every_image_once(count, seed, start):
+    from itertools import islice
+
+    whole = list(islice(vqrae.TrainingOrder(count, seed, 0), start + 2 * count))
+    assert list(islice(vqrae.TrainingOrder(count, seed, start), 2 * count)) == whole[start:]
+    assert sorted(index for index, _ in whole[:count]) == list(range(count))
+    assert len({view for _, view in whole}) == len(whole)
+
+
+# --- training: the loop, checkpoints, arguments ---
+
+
+def weights(folder):
+    return (folder / "model.safetensors").read_bytes()
+
+
+def test_stage_1_leaves_the_encoder_and_the_codebook_bit_identical(short_run, encoder_folder):
+    run = train.Run(*train.parse_args(short_run))
+    run.start()
+    keys = vqrae.TrainingOrder(len(run.train_images), 0, 0)
+    frozen = {name: t.clone() for name, t in run.model.state_dict().items()
+              if name.startswith("encoder.") or name == "quantizer.codebook"}
+    moving = {name: p.detach().clone() for name, p in run.model.named_parameters() if not name.startswith("encoder.")}
+    for _, batch in zip(range(3), run.train_images.batches(keys, 4)):
+        run.step(batch)
+    for name, tensor in frozen.items():
+        assert torch.equal(run.model.state_dict()[name], tensor), name
+    reference = vqrae.load_encoder(encoder_folder).state_dict()
+    assert all(torch.equal(tensor, reference[name]) for name, tensor in run.model.encoder.state_dict().items())
+    for name, parameter in run.model.named_parameters():
+        if name in moving:
+            assert not torch.equal(parameter, moving[name]), f"{name} did not train"
+
+
+def test_a_run_leaves_all_its_files_and_figures(short_run, tmp_path, capsys):
+    train.main(short_run)
+    out = tmp_path / "run"
+    assert {"config.json", "model.safetensors", "checkpoint", "metrics.jsonl", "summary.json", "reconstructions.png",
+            "curves.png"} <= {path.name for path in out.iterdir()}
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 4, 6] and "val_psnr" in lines[1]
+    for name in ("loss", "mse", "perceptual", "codebook", "commitment", "lr", "images_per_second", "train_utilization",
+                 "train_perplexity", "z_norm", "code_norm"):
+        assert all(np.isfinite(line[name]) for line in lines), name
+    summary = json.loads((out / "summary.json").read_text())
+    for name in ("val_psnr", "val_ssim", "val_utilization", "val_perplexity", "train_utilization", "train_perplexity",
+                 "seconds", "images_per_second", "steps", "seed", "preset", "quantizer", "codebook_size", "codebook_dim"):
+        assert name in summary, name
+    assert vqrae.VQRAE.from_pretrained(out).config.codebook_size == 32
+    for picture in ("reconstructions.png", "curves.png"):
+        assert Image.open(out / picture).size[0] > 100
+
+
+def test_a_stopped_and_resumed_run_ends_bit_identical(short_run, tmp_path):
+    train.main(short_run)
+    whole = tmp_path / "run"
+    parts = tmp_path / "parts"
+    arguments = short_run[:-1] + [str(parts)]
+
+    class Stopped(Exception):
+        pass
+
+    steps = train.Run.step
+    for stop_at in (2, 5):  # one before the first checkpoint, one between two checkpoints
+        def step(run, batch):
+            if run.done == stop_at:
+                raise Stopped
+            steps(run, batch)
+
+        train.Run.step = step
+        try:
+            with pytest.raises(Stopped):
+                train.main(arguments + ["--resume"])
+        finally:
+            train.Run.step = steps
+    train.main(arguments + ["--resume"])
+    assert weights(parts) == weights(whole)
+    strip = [[{k: v for k, v in json.loads(line).items() if k != "images_per_second"}
+              for line in (folder / "metrics.jsonl").read_text().splitlines()] for folder in (whole, parts)]
+    assert strip[0] == strip[1]
+
+
+def command(*arguments):
+    return [sys.executable, str(ROOT / arguments[0]), *map(str, arguments[1:])]
+
+
+def test_kill_minus_9_loses_nothing(short_run, tmp_path):
+    arguments = short_run[:-1]
+    arguments[arguments.index("--steps") + 1] = "40"
+    arguments[arguments.index("--checkpoint-every") + 1] = "1"
+    subprocess.run(command("train.py", *arguments, tmp_path / "whole"), check=True, capture_output=True)
+    killed = tmp_path / "killed"
+    for wait in (0.0, 0.3):  # seconds after the first sign of life
+        process = subprocess.Popen(command("train.py", *arguments, killed, "--resume"), stderr=subprocess.DEVNULL,
+                                   stdout=subprocess.DEVNULL)
+        before = (killed / "checkpoint/state.pt").stat().st_mtime if (killed / "checkpoint/state.pt").exists() else 0
+        while process.poll() is None and not ((killed / "checkpoint/state.pt").exists()
+                                              and (killed / "checkpoint/state.pt").stat().st_mtime > before):
+            time.sleep(0.01)
+        time.sleep(wait)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    with open(killed / "metrics.jsonl", "a") as file:
+        file.write('{"step": 41, "lo')  # a line that was being written
+    subprocess.run(command("train.py", *arguments, killed, "--resume"), check=True, capture_output=True)
+    assert weights(killed) == weights(tmp_path / "whole")
+
+
+def test_control_c_saves_and_exits_cleanly_and_resume_goes_on(short_run, tmp_path):
+    arguments = list(short_run)
+    arguments[arguments.index("--steps") + 1] = "100000"
+    process = subprocess.Popen(command("train.py", *arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "run/checkpoint/state.pt").exists():
+        time.sleep(0.05)
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    said, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and "--resume" in said and "Traceback" not in errors
+    state = torch.load(tmp_path / "run/checkpoint/state.pt", weights_only=True)
+    assert f"stopped after step {state['done']} " in said
+
+
+def test_a_loss_that_is_not_a_number_stops_with_a_sentence_and_keeps_the_last_good_checkpoint(short_run, tmp_path, monkeypatch):
+    loss = vqrae.stage1_loss
+
+    def poisoned(images, out, *rest):
+        value, terms = loss(images, out, *rest)
+        return (value * float("nan") if poisoned.calls >= 4 else value), terms | {"n": torch.tensor(poisoned.count())}
+
+    poisoned.calls = 0
+    poisoned.count = lambda: setattr(poisoned, "calls", poisoned.calls + 1) or 0.0
+    monkeypatch.setattr(vqrae, "stage1_loss", poisoned)
+    with pytest.raises(SystemExit, match="the loss is nan .* at step 4; the last good checkpoint is kept"):
+        train.main(short_run)
+    state = torch.load(tmp_path / "run/checkpoint/state.pt", weights_only=True)
+    assert state["done"] == 3 and all(torch.isfinite(t).all() for t in state["model"].values())
+
+
+def test_the_learning_rate_warms_up_and_then_falls_to_its_end_value(short_run):
+    run = train.Run(*train.parse_args(short_run))
+    run.config.steps, run.config.warmup_steps = 1000, 100
+    rates = [run.learning_rate(step) for step in range(1001)]
+    assert rates[0] == pytest.approx(run.config.learning_rate / 100) and max(rates) == rates[99] == run.config.learning_rate
+    assert rates[1000] == pytest.approx(run.config.end_learning_rate)
+    assert all(a >= b for a, b in zip(rates[99:], rates[100:]))
+
+
+def test_the_average_starts_short_and_is_what_gets_saved(short_run, tmp_path):
+    train.main(short_run)
+    state = torch.load(tmp_path / "run/checkpoint/state.pt", weights_only=True)
+    saved = load_file(tmp_path / "run/model.safetensors")
+    assert all(torch.equal(saved[name], tensor) for name, tensor in state["average"].items())
+    assert any(not torch.equal(saved[name], tensor) for name, tensor in state["model"].items())
+
+
+@pytest.mark.parametrize("extra, sentence", [
+    (["--data", "/nowhere"], "no images at /nowhere"),
+    (["--encoder", "{tmp}"], "cannot read .*config.json"),
+    (["--image-size", "18"], "--image-size 18 is not a multiple of the encoder's patches of 4"),
+    (["--device", "nonsense"], "--device nonsense is not available"),
+])
+def test_a_wrong_argument_of_train_is_one_sentence(short_run, tmp_path, extra, sentence):
+    with pytest.raises(SystemExit, match=sentence) as error:
+        train.main(short_run + [part.format(tmp=tmp_path) for part in extra])
+    assert str(error.value).startswith("error: ") and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("extra", [["--steps", "0"], ["--batch-size", "-1"], ["--quantizer", "fsq"], ["--learning-rate", "x"]])
+def test_a_value_out_of_range_is_refused_before_anything_starts(short_run, extra, capsys):
+    with pytest.raises(SystemExit) as error:
+        train.main(short_run + extra)
+    assert error.value.code == 2 and extra[0] in capsys.readouterr().err
+
+
+def test_finished_work_is_never_overwritten_by_accident_nor_resumed_with_other_settings(short_run, tmp_path):
+    train.main(short_run)
+    before = weights(tmp_path / "run")
+    with pytest.raises(SystemExit, match="already holds a run"):
+        train.main(short_run)
+    with pytest.raises(SystemExit, match="codebook_dim is 8 .* not 9"):
+        train.main(short_run + ["--resume", "--codebook-dim", "9"])
+    (tmp_path / "run/checkpoint/state.pt").write_bytes(b"damaged")
+    with pytest.raises(SystemExit, match="cannot read the checkpoint"):
+        train.main(short_run + ["--resume"])
+    assert weights(tmp_path / "run") == before
+
+
+@pytest.mark.parametrize("quantizer, init", [("vq", "data"), ("vq", "gaussian"), ("simvq", "gaussian"), ("none", "data")])
+def test_every_quantizer_and_start_trains(short_run, tmp_path, quantizer, init):
+    train.main(short_run + ["--quantizer", quantizer, "--codebook-init", init])
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert summary["quantizer"] == quantizer and np.isfinite(summary["val_psnr"])
+    assert ("val_utilization" in summary) == (quantizer != "none")
+
+
+def test_the_benchmark_prints_one_json_line_and_writes_nothing(short_run, tmp_path, capsys):
+    train.main(short_run + ["--benchmark"])
+    result = json.loads(capsys.readouterr().out)
+    assert result["images_per_second"] > 0 and 0 < result["share_of_matmul"] and result["peak_memory_bytes"] > 0
+    assert result["tokens_per_second"] == pytest.approx(16 * result["images_per_second"])
+    assert not (tmp_path / "run").exists()
+
+
+def test_print_config_is_the_preset_with_the_flags_applied(capsys):
+    train.main(["--stage", "1", "--print-config", "--codebook-dim", "77"])
+    config = json.loads(capsys.readouterr().out)
+    assert config["codebook_dim"] == 77 and config["codebook_size"] == vqrae.PRESETS["tiny"].codebook_size
+
+
+# --- sample.py ---
+
+
+@pytest.fixture
+def saved_model(tmp_path):
+    small_model().save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_reconstruct_writes_a_picture_for_every_readable_file(saved_model, tmp_path, capsys):
+    names = write_variants(tmp_path)
+    (tmp_path / "broken.png").write_bytes(b"broken")
+    sample.main(["reconstruct", *(str(tmp_path / name) for name in names + ["broken.png"]), "--model", str(saved_model),
+                 "--out", str(tmp_path / "pictures"), "--device", "cpu"])
+    assert len(list((tmp_path / "pictures").glob("*.png"))) == len(names)
+    assert "broken.png" in capsys.readouterr().err
+
+
+def test_evaluate_prints_a_table_and_json_and_names_the_frechet_encoder(saved_model, photo_folder, encoder_folder, capsys,
+                                                                         monkeypatch):
+    monkeypatch.setattr(sample, "lpips_distance", lambda device: None)  # would ask the network for VGG16
+    sample.main(["evaluate", "--model", str(saved_model), "--data", str(photo_folder), "--split", "all",
+                 "--frechet-encoder", str(encoder_folder), "--device", "cpu"])
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["images"] == 12 and result["tokens"] == 12 * 16
+    assert result[f"frechet_{encoder_folder.name}"] > 0 and not any("fid" in name.lower() for name in result)
+
+
+def test_codes_draws_the_patches_that_chose_each_code(saved_model, photo_folder, tmp_path):
+    sample.main(["codes", "--model", str(saved_model), "--data", str(photo_folder), "--split", "all", "--device", "cpu",
+                 "--out", str(tmp_path / "pictures")])
+    assert Image.open(tmp_path / "pictures/codes.png").size[0] > 100
+
+
+@pytest.mark.parametrize("arguments, sentence", [
+    (["evaluate", "--model", "/nowhere"], "no model at /nowhere"),
+    (["evaluate", "--model", "{model}", "--data", "/nowhere"], "no images at /nowhere"),
+    (["evaluate", "--model", "{model}", "--data", "{photos}", "--image-size", "18"], "do not divide into patches"),
+    (["reconstruct", "/nowhere.png", "--model", "{model}"], "none of the given files"),
+])
+def test_a_wrong_argument_of_sample_is_one_sentence(saved_model, photo_folder, tmp_path, arguments, sentence, monkeypatch):
+    monkeypatch.setattr(sample, "lpips_distance", lambda device: None)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match=sentence):
+        sample.main([part.format(model=saved_model, photos=photo_folder) for part in arguments])
+
+
+def test_an_error_on_the_command_line_is_a_sentence_and_an_exit_code_not_a_traceback(tmp_path):
+    result = subprocess.run(command("sample.py", "codes", "--model", tmp_path / "nothing"), capture_output=True, text=True)
+    assert result.returncode == 1 and result.stderr.startswith("error: no model at") and "Traceback" not in result.stderr
