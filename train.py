@@ -16,6 +16,7 @@ import os
 import signal
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -323,45 +324,62 @@ def train(run):
         raise InputError(f"{args.out} already holds a run: --resume continues it, --overwrite replaces it, and another "
                          "--out leaves it alone")
     else:
+        run.checkpoint.unlink(missing_ok=True)
         run.start()
     earlier, metrics = run.seconds, args.out / "metrics.jsonl"
     lines = read_log(metrics, run.done)
     metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    stop = []
-    for name in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(name, lambda number, frame: stop.append(number))
 
     keys = vqrae.TrainingOrder(len(run.train_images), args.seed, run.done * config.batch_size)
     batches = iter(run.train_images.batches(keys, config.batch_size, run.workers))
     bar = tqdm(total=config.steps, initial=run.done, desc="stage 1", unit="step", dynamic_ncols=True)
     window_steps, window_start = run.done % args.log_every, time.time()
-    while run.done < config.steps and not stop:
-        run.step(next(batches))
-        bar.update()
-        window_steps += 1
-        last = run.done == config.steps
-        if run.done % args.log_every == 0 or last:
-            line = run.log(window_steps, time.time() - window_start)
-            if run.done % args.evaluate_every == 0 and not last:
-                line.update({f"val_{name}": value for name, value in run.evaluate().items()})
-            window_steps, window_start = 0, time.time()
-            lines.append(line)
-            with open(metrics, "a") as file:
-                file.write(json.dumps(line) + "\n")
-            shown = {"loss": f"{line['loss']:.3f}", "psnr": f"{line['train_psnr']:.1f}",
-                     "used": f"{line.get('train_utilization', 0):.0%}", "img/s": f"{line['images_per_second']:.0f}"}
-            bar.set_postfix(shown)
-            if "val_psnr" in line:
-                used = f", {line['val_utilization']:.1%} of codes, perplexity {line['val_perplexity']:.0f}"
-                bar.write(f"step {run.done}: held-out PSNR {line['val_psnr']:.2f} dB" + (used if "val_tokens" in line else ""))
-        if run.done % args.checkpoint_every == 0 or last or stop:
-            run.seconds = earlier + time.time() - begin
-            run.save()
+    with stop_signals() as stopped:
+        while run.done < config.steps and not stopped:
+            run.step(next(batches))
+            bar.update()
+            window_steps += 1
+            last = run.done == config.steps
+            if run.done % args.log_every == 0 or last:
+                line = run.log(window_steps, time.time() - window_start)
+                if run.done % args.evaluate_every == 0 and not last:
+                    line.update({f"val_{name}": value for name, value in run.evaluate().items()})
+                window_steps, window_start = 0, time.time()
+                lines.append(line)
+                with open(metrics, "a") as file:
+                    file.write(json.dumps(line) + "\n")
+                show(bar, line)
+            if run.done % args.checkpoint_every == 0 or last or stopped:
+                run.seconds = earlier + time.time() - begin
+                run.save()
     bar.close()
-    if stop:
+    if run.done < config.steps:
         print(f"stopped after step {run.done} of {config.steps}; the same command with --resume goes on from here")
         sys.exit(130)
     finish(run, lines, earlier, begin)
+
+
+@contextmanager
+def stop_signals():
+    """Collect Ctrl-C and SIGTERM in a list instead of dying of them, so that the loop can save before it ends."""
+    received, before = [], {}
+    for name in (signal.SIGINT, signal.SIGTERM):
+        before[name] = signal.signal(name, lambda number, frame: received.append(number))
+    try:
+        yield received
+    finally:
+        for name, handler in before.items():
+            signal.signal(name, handler)
+
+
+def show(bar, line):
+    """The progress bar's figures, and a line of its own for an evaluation."""
+    bar.set_postfix(loss=f"{line['loss']:.3f}", psnr=f"{line['train_psnr']:.1f}",
+                    used=f"{line.get('train_utilization', 0):.0%}", images_per_s=f"{line['images_per_second']:.0f}")
+    if "val_psnr" in line:
+        codes = (f", {line['val_utilization']:.1%} of codes used, perplexity {line['val_perplexity']:.0f}"
+                 if "val_tokens" in line else "")
+        bar.write(f"step {line['step']}: held-out PSNR {line['val_psnr']:.2f} dB{codes}")
 
 
 def finish(run, lines, earlier, begin):

@@ -50,6 +50,9 @@ class ViTConfig:
     mean: tuple = (0.485, 0.456, 0.406)  # ImageNet's, which DINOv2 was trained with
     std: tuple = (0.229, 0.224, 0.225)
 
+    def __post_init__(self):
+        self.mean, self.std = tuple(self.mean), tuple(self.std)  # a JSON file has lists
+
 
 def attend(q, k, v):
     """softmax(q k^T / sqrt(head)) v on (B, heads, N, head)."""
@@ -359,7 +362,7 @@ class NoQuantizer(nn.Module):
 
 
 @torch.no_grad()
-def start_codebook(quantizer, z, steps=10, generator=None):
+def start_codebook(quantizer, z, steps=6, generator=None):
     """`--codebook-init data`: k-means centres of projected training features z (n, e) become the codes, W the identity.
 
     Why the start decides whether a codebook lives. Features of a pretrained encoder share a large mean and vary along
@@ -374,17 +377,19 @@ def start_codebook(quantizer, z, steps=10, generator=None):
         nn.init.eye_(quantizer.W.weight)
         nn.init.zeros_(quantizer.W.bias)
     quantizer.codebook.copy_(z[torch.randperm(len(z), generator=generator)[:K].to(z.device)])
-    for _ in range(steps):
+    for step in range(steps):
         indices = quantizer.search(z)  # (n,)
         counts = torch.bincount(indices, minlength=K)  # (K,)
         error = (z - quantizer.codebook[indices]).pow(2).sum(1)  # (n,)
         centres = torch.zeros_like(quantizer.codebook).index_add_(0, indices, z) / counts.clamp(min=1)[:, None]  # (K, e)
-        # Half of an emoji is the same blank background: copies of one token leave most of their codes without any.
-        # Those start again at tokens that are badly served, in proportion to their squared distance.
-        empty = counts == 0
-        if empty.any():
-            chosen = torch.multinomial(error.cpu().double() + 1e-12, int(empty.sum()), generator=generator)
-            centres[empty] = z[chosen.to(z.device)]
+        # Half of an emoji is one blank background token, whose copies leave most of their codes without any token; and a
+        # code that serves a single odd token is lost once features move. Codes with little to do start again at tokens
+        # that are badly served, drawn by squared distance; in the last round only those without any.
+        least = 0.25 * len(z) / K if step < steps - 1 else 1
+        weak = counts < least
+        if weak.any():
+            chosen = torch.multinomial(error.cpu().double() + 1e-12, int(weak.sum()), generator=generator)
+            centres[weak] = z[chosen.to(z.device)]
         quantizer.codebook.copy_(centres)
 
 
@@ -478,6 +483,9 @@ class VQRAE(nn.Module):
             self.quantizer = QUANTIZERS[config.quantizer](config.codebook_size, e, config.beta, config.beta_side)
         self.project_out = nn.Linear(e, d)
         self.decoder = Decoder(config.encoder, config.output_patch_size)
+        # An isometry where e >= d: what is near in the features is near in the codebook's space.
+        nn.init.orthogonal_(self.project_in.weight)
+        nn.init.zeros_(self.project_in.bias)
         for module in self.decoder.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
@@ -984,8 +992,8 @@ PRESETS = {
         beta_side="commitment",
         perceptual="vfm",
         perceptual_weight=1.1,
-        steps=800,
-        batch_size=64,
+        steps=1000,
+        batch_size=32,
         learning_rate=1e-3,
         end_learning_rate=2e-5,
         warmup_steps=50,
