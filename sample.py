@@ -61,7 +61,8 @@ def evaluate(args, model, device):
     """Print the metrics of one split as a table, then as one JSON line."""
     images = vqrae.ImageSet(args.data, args.split, args.image_size)
     encoder = vqrae.load_encoder(args.frechet_encoder).to(device)
-    result = vqrae.evaluate(model, images, args.batch_size, device, frechet_encoder=encoder, lpips=lpips_distance(device))
+    result = vqrae.evaluate(model, images, args.batch_size, device, frechet_encoder=encoder,
+                            lpips=lpips_distance(device))
     result = {"model": str(args.model), "data": str(args.data), "split": args.split, **result}
     result[f"frechet_{Path(args.frechet_encoder).name}"] = result.pop("frechet")  # never called rFID: not Inception's
     for name, value in result.items():
@@ -70,7 +71,7 @@ def evaluate(args, model, device):
 
 
 def codes(args, model, device):
-    """Draw, for a sample of codes from the most to the least frequent, held-out patches that chose each: a row a code."""
+    """Draw held-out patches that chose a code, a row a code, for codes from the most to the least frequent."""
     if model.config.quantizer == "none":
         raise InputError(f"the model in {args.model} has no codebook (it was trained with --quantizer none)")
     images = vqrae.ImageSet(args.data, args.split, args.image_size)
@@ -103,8 +104,8 @@ def codes(args, model, device):
             canvas.paste(window, (label + column * (side + gap), row * (side + gap)))
     args.out.mkdir(parents=True, exist_ok=True)
     canvas.save(args.out / "codes.png")
-    print(f"{args.out}/codes.png: {len(chosen)} of the {len(places)} codes that the {args.split} split uses, most frequent "
-          "first; each patch (red) in its surroundings")
+    print(f"{args.out}/codes.png: {len(chosen)} of the {len(places)} codes that the {args.split} split uses, most "
+          "frequent first; each patch (red) in its surroundings")
 
 
 def parse_args(argv=None):
@@ -126,7 +127,7 @@ def parse_args(argv=None):
         sub.add_argument("--batch-size", type=int, default=64)
         if command is evaluate:
             sub.add_argument("--frechet-encoder", default=str(vqrae.ROOT / "data/tiny_vit"),
-                             help="the Frechet distance compares this encoder's mean patch features, and is named after it")
+                             help="whose mean patch features the Frechet distance compares; it is named after it")
         if command is codes:
             sub.add_argument("--codes", type=int, default=16, help="how many codes to draw")
             sub.add_argument("--patches", type=int, default=16, help="how many patches of each")

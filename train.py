@@ -60,7 +60,7 @@ def parse_args(argv=None):
     add("--evaluate-every", type=int, default=200, metavar="N", help="steps between evaluations on held-out images")
     add("--workers", type=int, default=None, help="processes that read images (default: 0 for shipped data)")
     add("--device", default="auto", help="auto, cuda, mps or cpu")
-    add("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="auto: bf16 where the device multiplies it")
+    add("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="auto: bf16 where the device has it")
     add("--compile", action="store_true", help="torch.compile: slower to start, faster steps")
     add("--benchmark", action="store_true", help="time steady steps, print one JSON line, write nothing")
     add("--print-config", action="store_true", help="print all settings as JSON and stop")
@@ -166,7 +166,7 @@ class Run:
         return config.end_learning_rate + (config.learning_rate - config.end_learning_rate) * half_cosine
 
     def step(self, batch):
-        """One update on a batch of uint8 images. Raises InputError, before anything changed, if the loss is not finite."""
+        """One update on a batch of uint8 images; InputError, before anything changes, when the loss is not finite."""
         images = batch.to(self.device).float() / 255
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(self.done)
@@ -284,8 +284,8 @@ def draw_curves(lines, path):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    panels = {"loss terms": ["loss", "mse", "perceptual", "codebook", "commitment"], "PSNR, dB": ["train_psnr", "val_psnr"],
-              "utilization": ["train_utilization", "val_utilization"],
+    panels = {"loss terms": ["loss", "mse", "perceptual", "codebook", "commitment"],
+              "PSNR, dB": ["train_psnr", "val_psnr"], "utilization": ["train_utilization", "val_utilization"],
               "perplexity": ["train_perplexity", "val_perplexity"], "norms": ["z_norm", "code_norm"]}
     figure, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 3.2))
     for axis, (title, names) in zip(axes, panels.items()):
@@ -386,13 +386,13 @@ def finish(run, lines, earlier, begin):
     """Final evaluation of the averaged weights; write the model, summary.json and the pictures."""
     config, out = run.config, run.args.out
     run.average.save_pretrained(out)
-    val = run.evaluate()
-    summary = {f"val_{name}": val[name] for name in ("psnr", "ssim", "utilization", "perplexity", "tokens") if name in val}
+    val = {f"val_{name}": value for name, value in run.evaluate().items()}
+    summary = dict(val)
     if config.quantizer != "none":
         counts = vqrae.count_codes(run.average, run.train_images, config.batch_size, run.device, run.workers)
         summary["train_utilization"], summary["train_perplexity"] = vqrae.codebook_usage(counts)
         summary["train_tokens"] = int(counts.sum())
-    draw_curves(lines + [{"step": run.done, **{f"val_{name}": value for name, value in val.items()}}], out / "curves.png")
+    draw_curves(lines + [{"step": run.done, **val}], out / "curves.png")
     draw_reconstructions(run)
     seconds = earlier + time.time() - begin
     steady = [line["images_per_second"] for line in lines[1:]] or [0.0]

@@ -134,13 +134,14 @@ class Encoder(nn.Module):
         return torch.cat([cls, grid.flatten(2).transpose(1, 2).to(cls.dtype)], dim=1)  # (1, 1 + rows*columns, d)
 
     def hidden_states(self, images):
-        """All tokens, class token included, after every block: a list of `depth` tensors (B, 1 + N, d), before the norm.
+        """All tokens, class token first, after every block and before the norm: `depth` tensors (B, 1 + N, d).
 
         Raises InputError when the image's sides are not multiples of the patch size.
         """
         p = self.config.patch_size
-        if images.shape[-2] % p or images.shape[-1] % p:
-            raise InputError(f"images of {images.shape[-2]} x {images.shape[-1]} pixels do not divide into patches of {p}")
+        height, width = images.shape[-2:]
+        if height % p or width % p:
+            raise InputError(f"images of {height} x {width} pixels do not divide into patches of {p}")
         x = self.patch_embed((images - self.mean) / self.std)  # (B, d, H/p, W/p)
         positions = self.positions_for(*x.shape[-2:])  # (1, 1 + N, d)
         x = x.flatten(2).transpose(1, 2)  # (B, N, d)
@@ -238,7 +239,8 @@ def load_encoder(source):
             raise InputError(f"no encoder at {source!r}: not a folder, and the hub says: {reason}") from None
     hub = read_json(folder / "config.json")
     if hub.get("model_type") != "dinov2" or hub.get("use_swiglu_ffn") or hub.get("hidden_act") != "gelu":
-        raise InputError(f"{folder}/config.json is of type {hub.get('model_type')!r}; this loader reads DINOv2 S, B and L")
+        kind = hub.get("model_type")
+        raise InputError(f"{folder}/config.json is of type {kind!r}; this loader reads DINOv2 S, B and L")
     statistics = folder / "preprocessor_config.json"
     statistics = read_json(statistics) if statistics.exists() else {}
     try:
@@ -338,8 +340,8 @@ class VectorQuantizer(nn.Module):
 class SimVQ(VectorQuantizer):
     """SimVQ (Zhu et al. 2024), the paper's quantizer: a frozen codebook C seen through one learned matrix W.
 
-    The effective code is q_i = W c_i + b. The gradient of any chosen code is a gradient of W, and W moves every code, so
-    codes that nobody chose travel along with the features. W learns from the codebook loss alone, since the
+    The effective code is q_i = W c_i + b. The gradient of any chosen code is a gradient of W, and W moves every code,
+    so codes that nobody chose travel along with the features. W learns from the codebook loss alone, since the
     straight-through estimator leads the reconstruction gradient past it.
     """
 
@@ -366,9 +368,9 @@ def start_codebook(quantizer, z, steps=6, generator=None):
     """`--codebook-init data`: k-means centres of projected training features z (n, e) become the codes, W the identity.
 
     Why the start decides whether a codebook lives. Features of a pretrained encoder share a large mean and vary along
-    few directions, whereas Gaussian codes point everywhere. Nearly all tokens then have the same few nearest codes, only
-    those few tell W where to go, and W lays the whole cloud of codes onto the spot where they are. Codes that start
-    where the features are all have tokens to win from the first step on, and W only has to keep up.
+    few directions, whereas Gaussian codes point everywhere. Nearly all tokens then have the same few nearest codes,
+    only those few tell W where to go, and W lays the whole cloud of codes onto the spot where they are. Codes that
+    start where the features are all have tokens to win from the first step on, and W only has to keep up.
     """
     K = len(quantizer.codebook)
     if len(z) < K:
@@ -381,10 +383,11 @@ def start_codebook(quantizer, z, steps=6, generator=None):
         indices = quantizer.search(z)  # (n,)
         counts = torch.bincount(indices, minlength=K)  # (K,)
         error = (z - quantizer.codebook[indices]).pow(2).sum(1)  # (n,)
-        centres = torch.zeros_like(quantizer.codebook).index_add_(0, indices, z) / counts.clamp(min=1)[:, None]  # (K, e)
-        # Half of an emoji is one blank background token, whose copies leave most of their codes without any token; and a
-        # code that serves a single odd token is lost once features move. Codes with little to do start again at tokens
-        # that are badly served, drawn by squared distance; in the last round only those without any.
+        sums = torch.zeros_like(quantizer.codebook).index_add_(0, indices, z)  # (K, e)
+        centres = sums / counts.clamp(min=1)[:, None]  # (K, e)
+        # Half of an emoji is one blank background token, whose copies leave most of their codes without any token; and
+        # a code that serves a single odd token is lost once features move. Codes with little to do start again at
+        # tokens that are badly served, drawn by squared distance; in the last round only those without any.
         least = 0.25 * len(z) / K if step < steps - 1 else 1
         weak = counts < least
         if weak.any():
@@ -409,10 +412,10 @@ def sincos_positions(rows, columns, width):
 
 
 class Decoder(nn.Module):
-    """The decoder D that mirrors the encoder: bottleneck features Z_bot (B, N, d) -> images X' (B, 3, rows*q, columns*q).
+    """The decoder D that mirrors the encoder: bottleneck Z_bot (B, N, d) -> images X' (B, 3, rows*q, columns*q).
 
-    One token per latent position ("patch size 1" in the paper), the same blocks, and no convolution: a Linear writes the
-    q x q pixels of every token. q may differ from the encoder's p, which scales the image by q/p.
+    One token per latent position ("patch size 1" in the paper), the same blocks, and no convolution: a Linear writes
+    the q x q pixels of every token. q may differ from the encoder's p, which scales the image by q/p.
     """
 
     def __init__(self, config, patch_size):
@@ -509,7 +512,7 @@ class VQRAE(nn.Module):
 
     @torch.no_grad()
     def encode(self, images):
-        """Images (B, 3, H, W) in [0, 1] -> continuous features (B, N, d) and codes (B, N) int64 (None without codes)."""
+        """Images (B, 3, H, W) in [0, 1] -> features (B, N, d), codes (B, N) int64 (None without a codebook)."""
         features = self.encoder(images)  # (B, N, d)
         _, indices, _, _ = self.quantizer(self.project_in(self.standardise(features)))  # (B, N)
         return features, indices
@@ -525,14 +528,14 @@ class VQRAE(nn.Module):
 
     @torch.no_grad()
     def start(self, features, codebook_init, generator=None):
-        """Before the first step: fix the standardisation on training features (n, d), and start the codebook on them."""
+        """Before the first step: fix the standardisation on training features (n, d), start the codebook on them."""
         self.feature_mean.copy_(features.mean(0))
         self.feature_std.copy_(features.std(0) + 1e-6)
         if codebook_init == "data" and not isinstance(self.quantizer, NoQuantizer):
             start_codebook(self.quantizer, self.project_in(self.standardise(features)), generator=generator)
 
     def save_pretrained(self, folder):
-        """Write config.json and model.safetensors, each replaced in one step so that a reader never meets half a file."""
+        """Write config.json and model.safetensors, each replaced in one step, so no reader meets half a file."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         weights = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
@@ -546,7 +549,7 @@ class VQRAE(nn.Module):
         """Load what `save_pretrained` wrote, in eval mode; InputError says what is missing or damaged."""
         folder = Path(folder)
         if not folder.is_dir():
-            raise InputError(f"no model at {folder}: the folder does not exist (train one with: python train.py --stage 1)")
+            raise InputError(f"no model at {folder}: the folder does not exist; python train.py --stage 1 makes one")
         saved = read_json(folder / "config.json")
         try:
             config = VQRAEConfig(**{**saved, "encoder": ViTConfig(**saved["encoder"])})
@@ -719,6 +722,7 @@ def frechet_distance(x, y):
     return distance.item()
 
 
+@torch.enable_grad()
 def linear_probe(train_features, train_labels, test_features, test_labels, strengths=(0.001, 0.01, 0.1)):
     """Accuracy in [0, 1] on the test set of multinomial logistic regression on standardised features (n, d).
 
@@ -752,7 +756,8 @@ def evaluate(model, images, batch_size=64, device="cpu", workers=0, frechet_enco
     """Reconstruct every image of an ImageSet and return the metrics, averaged over images, as a dict of numbers.
 
     psnr, ssim; with a codebook also utilization, perplexity and tokens of this one pass. With `frechet_encoder`, the
-    Frechet distance between its mean patch features of originals and reconstructions; with `lpips` (x, y -> (B,)), LPIPS.
+    Frechet distance between its mean patch features of originals and reconstructions. With `lpips`, a function of two
+    batches that returns (B,), its mean.
     """
     scores, features = {"psnr": [], "ssim": []}, ([], [])
     counts = torch.zeros(model.config.codebook_size, dtype=torch.int64)
@@ -794,7 +799,7 @@ def count_codes(model, images, batch_size=64, device="cpu", workers=0):
 
 
 def read_image(path):
-    """Any image file as an upright 8-bit RGB PIL image, transparency laid on white; InputError when it is unreadable."""
+    """Any image file as an upright 8-bit RGB PIL image, transparency on white; InputError when it is unreadable."""
     try:
         with Image.open(path) as image:
             image = ImageOps.exif_transpose(image)
@@ -820,7 +825,7 @@ def find_images(folder):
             except Exception:
                 skipped.append(path)
     if skipped:
-        names = ", ".join(str(path.relative_to(folder)) for path in skipped[:10]) + (", ..." if len(skipped) > 10 else "")
+        names = ", ".join([str(path.relative_to(folder)) for path in skipped[:10]] + ["..."] * (len(skipped) > 10))
         print(f"skipped {len(skipped)} files in {folder} that are not images: {names}", file=sys.stderr)
     return found
 
@@ -891,7 +896,7 @@ class ImageSet(torch.utils.data.Dataset):
 
     @staticmethod
     def prepare(image, size, seed=None):
-        """A PIL image -> uint8 (3, size, size): resized on the shorter side, centre crop; with a seed, random crop, flip."""
+        """PIL image -> uint8 (3, size, size): shorter side resized, centre crop; with a seed, random crop and flip."""
         image = pixels.resize(image, size, interpolation=pixels.InterpolationMode.BICUBIC)
         top, left = (image.height - size) // 2, (image.width - size) // 2
         if seed is not None:
@@ -909,7 +914,8 @@ class ImageSet(torch.utils.data.Dataset):
         for images, unreadable in loader:
             for name in set(unreadable) - self.unreadable:
                 self.unreadable.add(name)
-                print(f"skipped {name}, which cannot be read as an image ({len(self.unreadable)} so far)", file=sys.stderr)
+                count = len(self.unreadable)
+                print(f"skipped {name}, which cannot be read as an image ({count} so far)", file=sys.stderr)
             yield images
 
 
@@ -936,7 +942,8 @@ def save_pairs(originals, reconstructions, path, columns=6, side=128):
     """Write a PNG of pairs, original left and reconstruction right, for lists of images (3, H, W) in [0, 1]."""
     gap, margin = 4, 12
     rows = -(-len(originals) // columns)
-    canvas = Image.new("RGB", (columns * (2 * side + gap + margin) + margin, rows * (side + margin) + margin), "#d0d0d0")
+    size = (columns * (2 * side + gap + margin) + margin, rows * (side + margin) + margin)
+    canvas = Image.new("RGB", size, "#d0d0d0")
     for i, pair in enumerate(zip(originals, reconstructions)):
         for half, image in enumerate(pair):
             image = pixels.to_pil_image(eight_bits(image.cpu().float())).resize((side, side), Image.NEAREST)

@@ -155,7 +155,8 @@ def make_cache(teacher, source, folder, count):
     done = json.loads(progress.read_text()) if progress.exists() else 0
     if done >= count:
         return
-    pixels, tokens, cls = open_cache(folder, count, teacher.config.width, "r+" if (folder / "cls.bin").exists() else "w+")
+    mode = "r+" if (folder / "cls.bin").exists() else "w+"
+    pixels, tokens, cls = open_cache(folder, count, teacher.config.width, mode)
     todo = torch.utils.data.Subset(Views(load_sources(source), count), range(done, count))
     start = time.time()
     for small, large in torch.utils.data.DataLoader(todo, batch_size=64, num_workers=1):
@@ -163,7 +164,7 @@ def make_cache(teacher, source, folder, count):
         images = large.permute(0, 3, 1, 2) / 255
         with torch.autocast("cpu", torch.bfloat16):
             states = teacher.hidden_states(images)[-1]
-        target = F.layer_norm(states.float(), states.shape[-1:], teacher.norm.weight, teacher.norm.bias, teacher.norm.eps)
+        target = teacher.norm(states.float())
         pixels[rows], tokens[rows], cls[rows] = small.numpy(), target[:, 1:].half().numpy(), target[:, 0].half().numpy()
         done += len(small)
         if done % CHUNK < 64 or done == count:
@@ -237,24 +238,22 @@ def distillation_loss(student, batch, scale):
     return loss + 0.25 * F.mse_loss(cls_guess, cls) + 0.5 * F.mse_loss(pooled_guess, cls)
 
 
-@torch.inference_mode()
-def probe(encoder):
+@torch.no_grad()
+def probe(encoder, size):
     """Accuracy of a linear probe on mean patch tokens of held-out emoji: categories, subcategories."""
-    index = json.loads((ROOT / "data/emoji/index.json").read_text(encoding="utf-8"))
-    images, records = [], []
-    for sheet in index["sheets"]:
-        images += tiles(ROOT / "data/emoji" / sheet["file"], sheet["tile"])[:len(sheet["images"])]
-        records += sheet["images"]
-    images = torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2)
-    features = torch.cat([encoder(part / 255).mean(1) for part in images.split(256)])
-    held_out = torch.tensor([record["split"] == "val" for record in records])
+    features, labels = {}, {}
+    for split in ("train", "val"):
+        images = vqrae.ImageSet(ROOT / "data/emoji", split, 64)
+        batches = (F.interpolate(batch / 255, size=size, mode="bicubic", antialias=True).clamp(0, 1)
+                   if size != 64 else batch / 255 for batch in images.batches(range(len(images)), 128))
+        features[split] = torch.cat([encoder(batch).mean(1) for batch in batches])  # (n, d)
+        for key in ("category", "subcategory"):
+            labels[split, key] = [record[key] for record in images.records]
     scores = []
     for key in ("category", "subcategory"):
-        names = sorted({record[key] for record in records})
-        labels = torch.tensor([names.index(record[key]) for record in records])
-        with torch.inference_mode(False):
-            scores.append(vqrae.linear_probe(features[~held_out].clone(), labels[~held_out], features[held_out].clone(),
-                                             labels[held_out]))
+        names = sorted(set(labels["train", key] + labels["val", key]))
+        numbers = {split: torch.tensor([names.index(name) for name in labels[split, key]]) for split in features}
+        scores.append(vqrae.linear_probe(features["train"], numbers["train"], features["val"], numbers["val"]))
     return scores
 
 
@@ -278,7 +277,8 @@ def train(teacher, cache, count, steps, batch_size, lr, start, out):
     others = [p for p in student.parameters() if p.dim() < 2]
     optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}],
                                   lr=lr, betas=(0.9, 0.99))
-    average = torch.optim.swa_utils.AveragedModel(student, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.999))
+    swa = torch.optim.swa_utils
+    average = swa.AveragedModel(student, multi_avg_fn=swa.get_ema_multi_avg_fn(0.999))
     saved, step = cache / f"student-{start}.pt", 0
     if saved.exists():
         state = torch.load(saved, weights_only=True)
@@ -315,3 +315,36 @@ def train(teacher, cache, count, steps, batch_size, lr, start, out):
             vqrae.save_encoder(average.module.encoder, out, torch.float16)
             print(f"step {step}: saved to {out}", flush=True)
     return average.module.encoder.eval()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--teacher", default=str(ROOT.parent / "shared/weights/dinov2-small"),
+                        help="a DINOv2 checkpoint of patch 14: folder in the hub's layout, or hub id")
+    parser.add_argument("--source", type=Path, default=ROOT.parent / "shared/data", help="emoji, clip-art and photos")
+    parser.add_argument("--cache", type=Path, default=Path("out/tiny_vit_views"), help="62 KB a view")
+    parser.add_argument("--views", type=int, default=120832)
+    parser.add_argument("--steps", type=int, default=10000)
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--start", choices=["teacher", "random"], default="teacher", help="where the weights begin")
+    parser.add_argument("--out", type=Path, default=ROOT / "data/tiny_vit")
+    parser.add_argument("--probe", action="store_true", help="only measure what is in --out, and the teacher")
+    args = parser.parse_args()
+    if not args.probe and not args.source.is_dir():
+        sys.exit(f"error: no images at {args.source}; name the folder with --source")
+    try:
+        teacher = vqrae.load_encoder(args.teacher)
+    except vqrae.InputError as error:
+        sys.exit(f"error: {error}")
+    if not args.probe:
+        make_cache(teacher, args.source, args.cache, args.views)
+        train(teacher, args.cache, args.views, args.steps, args.batch_size, args.learning_rate, args.start, args.out)
+    print("linear probe on mean patch tokens of held-out emoji:")
+    for name, encoder, size in ((args.out, vqrae.load_encoder(args.out), 64), (args.teacher, teacher, 14 * GRID)):
+        category, subcategory = probe(encoder, size)
+        print(f"  {name}: {category:.1%} of categories, {subcategory:.1%} of subcategories", flush=True)
+
+
+if __name__ == "__main__":
+    main()
