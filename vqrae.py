@@ -486,9 +486,12 @@ class VQRAE(nn.Module):
             self.quantizer = QUANTIZERS[config.quantizer](config.codebook_size, e, config.beta, config.beta_side)
         self.project_out = nn.Linear(e, d)
         self.decoder = Decoder(config.encoder, config.output_patch_size)
-        # An isometry where e >= d: what is near in the features is near in the codebook's space.
+        # Where e >= d the way in is an isometry, so what is near in the features is near among the codes, and the way
+        # out is its inverse, so the decoder is shown features from the first step on.
         nn.init.orthogonal_(self.project_in.weight)
         nn.init.zeros_(self.project_in.bias)
+        self.project_out.weight.data.copy_(self.project_in.weight.T)
+        nn.init.zeros_(self.project_out.bias)
         for module in self.decoder.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
@@ -999,11 +1002,11 @@ PRESETS = {
         beta_side="commitment",
         perceptual="vfm",
         perceptual_weight=1.1,
-        steps=1000,
-        batch_size=32,
+        steps=1800,
+        batch_size=16,
         learning_rate=1e-3,
         end_learning_rate=2e-5,
-        warmup_steps=50,
+        warmup_steps=100,
         weight_decay=1e-4,
         betas=(0.9, 0.999),
         max_grad_norm=1.0,
