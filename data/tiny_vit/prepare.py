@@ -16,6 +16,7 @@ The student is written in the hub's layout, as config.json + preprocessor_config
 
 import argparse
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -295,7 +296,7 @@ def train(teacher, cache, count, steps, batch_size, lr, start, out):
                  torch.from_numpy(tokens[rows]).float(), torch.from_numpy(cls[rows]).float())
         warmup = min(1.0, (step + 1) / min(500, steps // 10))
         for group in optimizer.param_groups:
-            group["lr"] = lr * warmup * (0.01 + 0.99 * 0.5 * (1 + np.cos(np.pi * step / steps)))
+            group["lr"] = lr * warmup * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / steps)))
         with torch.autocast("cpu", torch.bfloat16):
             loss = distillation_loss(student, batch, scale)
         optimizer.zero_grad()
