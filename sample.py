@@ -13,11 +13,11 @@ from collections import defaultdict
 from pathlib import Path
 
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 from torchvision.transforms import functional as pixels
 
 import vqrae
-from train import choose_device
+from train import choose_device, one_sentence_errors, positive
 from vqrae import InputError
 
 
@@ -75,22 +75,19 @@ def codes(args, model, device):
     if model.config.quantizer == "none":
         raise InputError(f"the model in {args.model} has no codebook (it was trained with --quantizer none)")
     images = vqrae.ImageSet(args.data, args.split, args.image_size)
-    p, places = model.config.encoder.patch_size, defaultdict(list)
-    everything = []
+    p, everything, places = model.config.encoder.patch_size, [], defaultdict(list)
     for batch in images.batches(range(len(images)), args.batch_size):
         _, indices = model.encode(batch.to(device).float() / 255)  # (B, N)
-        for row in indices.tolist():
+        for image, row in zip(batch, indices.tolist()):
             for token, code in enumerate(row):
                 places[code].append((len(everything), token))
-            everything.append(batch[len(everything) % args.batch_size])
+            everything.append(image)
     frequent = sorted((code for code in places if len(places[code]) >= 2), key=lambda code: -len(places[code]))
     if not frequent:
         raise InputError(f"no code was chosen twice by the {args.split} images of {args.data}; give more images")
     chosen = [frequent[i * len(frequent) // args.codes] for i in range(min(args.codes, len(frequent)))]
     columns, side, gap, label = args.patches, 48, 3, 64
     canvas = Image.new("RGB", (label + columns * (side + gap), len(chosen) * (side + gap)), "white")
-    from PIL import ImageDraw
-
     draw = ImageDraw.Draw(canvas)
     for row, code in enumerate(chosen):
         draw.text((4, row * (side + gap) + 10), f"{code}\n{len(places[code])} x", fill="black")
@@ -115,7 +112,7 @@ def parse_args(argv=None):
         sub = commands.add_parser(command.__name__, help=command.__doc__, description=command.__doc__)
         sub.set_defaults(function=command)
         sub.add_argument("--model", type=Path, default=Path("out/stage1"), help="folder that train.py wrote")
-        sub.add_argument("--image-size", type=int, help="side in pixels (default: what the encoder was trained at)")
+        sub.add_argument("--image-size", type=positive(int), help="side in pixels (default: the encoder's own)")
         sub.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
         if command is not evaluate:
             sub.add_argument("--out", type=Path, default=Path("out/pictures"), help="folder for the pictures")
@@ -124,31 +121,23 @@ def parse_args(argv=None):
             continue
         sub.add_argument("--data", default=str(vqrae.ROOT / "data/emoji"), help="folder of images (default: the emoji)")
         sub.add_argument("--split", choices=["val", "train", "all"], default="val", help="val: the held-out images")
-        sub.add_argument("--batch-size", type=int, default=64)
+        sub.add_argument("--batch-size", type=positive(int), default=64)
         if command is evaluate:
             sub.add_argument("--frechet-encoder", default=str(vqrae.ROOT / "data/tiny_vit"),
                              help="whose mean patch features the Frechet distance compares; it is named after it")
         if command is codes:
-            sub.add_argument("--codes", type=int, default=16, help="how many codes to draw")
-            sub.add_argument("--patches", type=int, default=16, help="how many patches of each")
-    args = parser.parse_args(argv)
-    for name in ("image_size", "batch_size", "codes", "patches"):
-        if getattr(args, name, None) is not None and getattr(args, name) <= 0:
-            parser.error(f"--{name.replace('_', '-')} must be greater than 0, not {getattr(args, name)}")
-    return args
+            sub.add_argument("--codes", type=positive(int), default=16, help="how many codes to draw")
+            sub.add_argument("--patches", type=positive(int), default=16, help="how many patches of each")
+    return parser.parse_args(argv)
 
 
 def main(argv=None):
     args = parse_args(argv)
-    try:
+    with one_sentence_errors():
         device = choose_device(args.device)
         model = vqrae.VQRAE.from_pretrained(args.model).to(device)
         args.image_size = args.image_size or model.config.encoder.image_size
         args.function(args, model, device)
-    except (InputError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.error
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +32,7 @@ from vqrae import InputError
 settings.register_profile("repeatable", max_examples=20, deadline=None, derandomize=True)
 settings.load_profile("repeatable")
 seeds = st.integers(0, 2**31)
+pytestmark = pytest.mark.filterwarnings("ignore:The parameter 'pretrained'", "ignore:Arguments other than a weight enum")
 ROOT = Path(__file__).resolve().parent
 
 
@@ -454,6 +456,17 @@ def test_the_papers_perceptual_loss_is_lpips_plus_a_tenth_of_the_convnext_logits
         torch.testing.assert_close(perceptual(x, y), expected)
 
 
+def test_networks_that_cannot_be_fetched_are_one_sentence_that_names_the_way_out(monkeypatch, tmp_path, short_run):
+    def no_network(*args, **kwargs):
+        raise urllib.error.URLError("no network")
+
+    monkeypatch.setattr(torch.hub, "urlopen", no_network)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    with pytest.raises(SystemExit, match="VGG16 and ConvNeXt-S .* cannot be fetched .*; --perceptual vfm needs no"):
+        train.main(short_run + ["--perceptual", "lpips-convnext"])
+    assert sample.lpips_distance(torch.device("cpu")) is None
+
+
 def test_the_gradient_of_lpips_is_finite_where_all_features_are_zero():
     features = torch.zeros(1, 8, 2, 2, requires_grad=True)
     vqrae.unit(features, 1).sum().backward()
@@ -615,6 +628,15 @@ def test_files_that_are_no_images_are_skipped_counted_and_named_once(tmp_path, c
     said = capsys.readouterr().err
     assert "skipped 2 files" in said and all(said.count(name) == 1 for name in ("notes.txt", "broken.png", "cut.jpg"))
     assert whole == (tmp_path / "rgb.png").read_bytes()
+
+
+def test_both_splits_of_a_folder_name_a_broken_file_together_only_once(tmp_path, photo_folder, capsys):
+    for path in photo_folder.rglob("*.png"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "broken.png").write_bytes(b"broken")
+    for split in ("train", "val"):
+        vqrae.ImageSet(tmp_path, split, 16)
+    assert capsys.readouterr().err.count("broken.png") == 1
 
 
 def test_an_empty_or_missing_folder_is_one_sentence(tmp_path):
@@ -812,7 +834,9 @@ def test_the_average_starts_short_and_is_what_gets_saved(short_run, tmp_path):
 @pytest.mark.parametrize("extra, sentence", [
     (["--data", "/nowhere"], "no images at /nowhere"),
     (["--encoder", "{tmp}"], "cannot read .*config.json"),
-    (["--image-size", "18"], "--image-size 18 is not a multiple of the encoder's patches of 4"),
+    (["--image-size", "18"], "--image-size 18 is not a multiple, at least twice, of the encoder's patches of 4"),
+    (["--image-size", "4"], "--image-size 4 is not a multiple, at least twice,"),
+    (["--output-patch-size", "1"], "images of 4 pixels come out, and SSIM needs 11"),
     (["--device", "nonsense"], "--device nonsense is not available"),
 ])
 def test_a_wrong_argument_of_train_is_one_sentence(short_run, tmp_path, extra, sentence):

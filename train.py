@@ -31,6 +31,18 @@ START_TOKENS = 65536  # features that the codebook's start looks at, and four to
 SHOWN = 24  # pairs in reconstructions.png
 
 
+def positive(kind):
+    """An argparse type: an int or a float above 0."""
+    def parse(text):
+        value = kind(text)
+        if not 0 < value < math.inf:
+            raise ValueError
+        return value
+
+    parse.__name__ = f"positive {kind.__name__}"  # argparse's message says: invalid positive int value: '0'
+    return parse
+
+
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -39,25 +51,25 @@ def parse_args(argv=None):
     add("--out", type=Path, default=None, help="folder for everything the run writes (default: out/stage1)")
     add("--data", help="folder of images, flat or one folder per class (default: the shipped emoji)")
     add("--encoder", help="DINOv2 checkpoint: a folder in the hub's layout or a hub id")
-    add("--image-size", type=int, help="side of the training images in pixels")
-    add("--output-patch-size", type=int, help="pixels the decoder writes per token side, q (default: the encoder's p)")
+    add("--image-size", type=positive(int), help="side of the training images in pixels")
+    add("--output-patch-size", type=positive(int), help="q, side of the patch a token writes (default: the encoder's p)")
     add("--quantizer", choices=list(vqrae.QUANTIZERS), help="simvq: the paper's; vq: plain; none: continuous")
-    add("--codebook-size", type=int, help="number of codes, K")
-    add("--codebook-dim", type=int, help="width of a code, e")
+    add("--codebook-size", type=positive(int), help="number of codes, K")
+    add("--codebook-dim", type=positive(int), help="width of a code, e")
     add("--codebook-init", choices=["data", "gaussian"], help="data: k-means of features; gaussian: the SimVQ authors'")
     add("--beta-side", choices=["commitment", "codebook"], help="which term of Eq. 3 the 0.25 weighs")
     add("--perceptual", choices=["vfm", "lpips-convnext", "none"],
         help="vfm: the encoder's own features; lpips-convnext: the paper's networks, fetched on first use")
     add("--perceptual-weight", type=float)
-    add("--steps", type=int)
-    add("--batch-size", type=int)
-    add("--learning-rate", type=float)
+    add("--steps", type=positive(int))
+    add("--batch-size", type=positive(int))
+    add("--learning-rate", type=positive(float))
     add("--seed", type=int, default=0)
     add("--resume", action="store_true", help="continue the run in --out from its last checkpoint")
     add("--overwrite", action="store_true", help="start anew in an --out that already holds a run")
-    add("--checkpoint-every", type=int, default=200, metavar="N", help="steps between checkpoints")
-    add("--log-every", type=int, default=50, metavar="N", help="steps between lines of metrics.jsonl")
-    add("--evaluate-every", type=int, default=600, metavar="N", help="steps between evaluations on held-out images")
+    add("--checkpoint-every", type=positive(int), default=200, metavar="N", help="steps between checkpoints")
+    add("--log-every", type=positive(int), default=50, metavar="N", help="steps between lines of metrics.jsonl")
+    add("--evaluate-every", type=positive(int), default=600, metavar="N", help="steps between held-out evaluations")
     add("--workers", type=int, default=None, help="processes that read images (default: 0 for shipped data)")
     add("--device", default="auto", help="auto, cuda, mps or cpu")
     add("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="auto: bf16 where the device has it")
@@ -66,10 +78,6 @@ def parse_args(argv=None):
     add("--print-config", action="store_true", help="print all settings as JSON and stop")
     args = parser.parse_args(argv)
     args.out = args.out or Path("out/stage1")
-    for name in ("image_size", "output_patch_size", "codebook_size", "codebook_dim", "steps", "batch_size",
-                 "learning_rate", "checkpoint_every", "log_every", "evaluate_every"):
-        if getattr(args, name) is not None and getattr(args, name) <= 0:
-            parser.error(f"--{name.replace('_', '-')} must be greater than 0, not {getattr(args, name)}")
     config = copy.copy(vqrae.PRESETS[args.preset])
     for field in fields(config):
         if getattr(args, field.name, None) is not None:
@@ -111,13 +119,17 @@ class Run:
         shipped = isinstance(self.train_images.sources[0], Path)
         self.workers = args.workers if args.workers is not None else min(4, os.cpu_count()) if shipped else 0
         encoder = vqrae.load_encoder(config.encoder)
-        if config.image_size % encoder.config.patch_size:
-            raise InputError(f"--image-size {config.image_size} is not a multiple of the encoder's patches of "
-                             f"{encoder.config.patch_size} pixels")
+        p = encoder.config.patch_size
+        q = config.output_patch_size or p
+        if config.image_size % p or config.image_size < 2 * p:
+            raise InputError(f"--image-size {config.image_size} is not a multiple, at least twice, of the encoder's "
+                             f"patches of {p} pixels")
+        if config.image_size * q // p < 11:
+            raise InputError(f"images of {config.image_size * q // p} pixels come out, and SSIM needs 11: choose a "
+                             "larger --image-size or --output-patch-size")
         self.model = vqrae.VQRAE(vqrae.VQRAEConfig(
-            encoder=encoder.config, output_patch_size=config.output_patch_size or encoder.config.patch_size,
-            codebook_size=config.codebook_size, codebook_dim=config.codebook_dim, quantizer=config.quantizer,
-            beta_side=config.beta_side))
+            encoder=encoder.config, output_patch_size=q, codebook_size=config.codebook_size,
+            codebook_dim=config.codebook_dim, quantizer=config.quantizer, beta_side=config.beta_side))
         self.model.encoder = encoder.requires_grad_(False)  # stage 1: the encoder is frozen
         self.model.to(self.device)
         self.perceptual = {"vfm": lambda: vqrae.VFMPerceptual(encoder), "lpips-convnext": vqrae.PaperPerceptual,
@@ -216,8 +228,10 @@ class Run:
         return self.args.out / "checkpoint" / "state.pt"
 
     def settings(self):
-        """What must not change between the parts of a run, as plain values."""
-        return json.loads(json.dumps({"seed": self.args.seed, "bf16": self.bf16, **asdict(self.config)}))
+        """What must not change between the parts of a run, as plain values; folders may move."""
+        config = {name: value for name, value in asdict(self.config).items() if name not in ("data", "encoder")}
+        return json.loads(json.dumps({"seed": self.args.seed, "precision": "bf16" if self.bf16 else "fp32",
+                                      "training images": len(self.train_images), **config}))
 
     def save(self):
         """Write the checkpoint beside the old one, then put it in the old one's place."""
@@ -243,7 +257,8 @@ class Run:
         try:
             state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
         except Exception as error:  # a damaged file can fail anywhere inside torch.load
-            raise InputError(f"cannot read the checkpoint {self.checkpoint}: {str(error).splitlines()[0]}") from None
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise InputError(f"cannot read the checkpoint {self.checkpoint}: {reason}") from None
         for name, value in self.settings().items():
             if state["settings"].get(name) != value:
                 raise InputError(f"--resume continues a run with its own settings: {name} is "
@@ -456,18 +471,25 @@ def benchmark(run, warmup=3, steps=20):
     }))
 
 
+@contextmanager
+def one_sentence_errors():
+    """End the program with a sentence, not a traceback, for what the user can mend."""
+    try:
+        yield
+    except (InputError, OSError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
 def main(argv=None):
     args, config = parse_args(argv)
     if args.print_config:
         print(json.dumps({"stage": args.stage, "preset": args.preset, "seed": args.seed, **asdict(config)}, indent=2))
         return
-    try:
+    with one_sentence_errors():
         run = Run(args, config)
         benchmark(run) if args.benchmark else train(run)
-    except (InputError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit(130)
 
 
 if __name__ == "__main__":

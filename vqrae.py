@@ -9,6 +9,7 @@ Shapes used in the comments, with the paper's letter where it has one:
 Images are float tensors (B, 3, H, W) in [0, 1] everywhere; each encoder applies its own mean and std.
 """
 
+import functools
 import json
 import math
 import os
@@ -769,10 +770,10 @@ def evaluate(model, images, batch_size=64, device="cpu", workers=0, frechet_enco
         out = model(x)
         y = eight_bits(out.reconstruction)
         x = resize_to(x, y)
-        scores["psnr"].append(psnr(x, y))
-        scores["ssim"].append(ssim(x, y))
+        scores["psnr"].append(psnr(x, y).cpu())
+        scores["ssim"].append(ssim(x, y).cpu())
         if lpips is not None:
-            scores.setdefault("lpips", []).append(lpips(x, y))
+            scores.setdefault("lpips", []).append(lpips(x, y).cpu())
         if frechet_encoder is not None:
             for side, part in zip(features, (x, y)):
                 side.append(frechet_encoder(part).mean(1).cpu())
@@ -816,8 +817,12 @@ def read_image(path):
         raise InputError(f"cannot read {path} as an image: {error}") from None
 
 
+@functools.cache
 def find_images(folder):
-    """Sorted paths of the image files below a folder; files that are none are counted and named once on stderr."""
+    """Sorted paths of the image files below a folder; files that are none are counted and named once on stderr.
+
+    A folder is listed once per process: both splits of a run come from one list.
+    """
     found, skipped = [], []
     for directory, folders, files in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
