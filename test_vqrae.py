@@ -32,7 +32,7 @@ from vqrae import InputError
 settings.register_profile("repeatable", max_examples=20, deadline=None, derandomize=True)
 settings.load_profile("repeatable")
 seeds = st.integers(0, 2**31)
-pytestmark = pytest.mark.filterwarnings("ignore:The parameter 'pretrained'", "ignore:Arguments other than a weight enum")
+pytestmark = pytest.mark.filterwarnings("ignore:The parameter .pretrained", "ignore:Arguments other than")
 ROOT = Path(__file__).resolve().parent
 
 
@@ -407,10 +407,28 @@ def test_without_a_quantizer_features_pass_unchanged():
 def test_standardised_features_have_zero_mean_and_unit_variance_per_channel():
     model = small_model()
     features = model.encoder(torch.rand(32, 3, 16, 16)).detach().flatten(0, 1)
-    model.start(features, "data", torch.Generator().manual_seed(0))
+    model.start(features, torch.rand(len(features), 48), "data", torch.Generator().manual_seed(0))
     z = model.standardise(features)
     torch.testing.assert_close(z.mean(0), torch.zeros(24), atol=1e-4, rtol=0)
     torch.testing.assert_close(z.std(0), torch.ones(24), atol=1e-3, rtol=0)
+
+
+@given(st.integers(24, 60), seeds)
+@settings(max_examples=5)
+def test_distances_start_as_half_features_and_half_the_pixels_that_features_tell(e, seed):
+    model = small_model(seed, codebook_dim=e)
+    features = torch.randn(400, 24) @ torch.randn(24, 24) + torch.randn(24)
+    patches = features @ torch.randn(24, 48) + 0.1 * torch.randn(400, 48)
+    model.start(features, patches, "gaussian")
+    f = model.standardise(features).numpy().astype(np.float64)
+    told = f @ np.linalg.lstsq(f, patches.numpy() - patches.numpy().mean(0), rcond=None)[0]
+    told *= np.sqrt((f**2).sum() / (told**2).sum())
+    expected = 0.5 * ((f[0] - f) ** 2).sum(1) + 0.5 * ((told[0] - told) ** 2).sum(1)
+    with torch.no_grad():
+        z = model.project_in(model.standardise(features))
+        restored = model.project_out(z)
+    np.testing.assert_allclose((z[0] - z).pow(2).sum(1), expected, rtol=0.02)
+    np.testing.assert_allclose(restored, f, atol=1e-2)  # the way out undoes the way in
 
 
 @pytest.mark.parametrize("damage, sentence", [

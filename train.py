@@ -52,7 +52,7 @@ def parse_args(argv=None):
     add("--data", help="folder of images, flat or one folder per class (default: the shipped emoji)")
     add("--encoder", help="DINOv2 checkpoint: a folder in the hub's layout or a hub id")
     add("--image-size", type=positive(int), help="side of the training images in pixels")
-    add("--output-patch-size", type=positive(int), help="q, side of the patch a token writes (default: the encoder's p)")
+    add("--output-patch-size", type=positive(int), help="q, side of a token's patch of output (default: p)")
     add("--quantizer", choices=list(vqrae.QUANTIZERS), help="simvq: the paper's; vq: plain; none: continuous")
     add("--codebook-size", type=positive(int), help="number of codes, K")
     add("--codebook-dim", type=positive(int), help="width of a code, e")
@@ -156,15 +156,18 @@ class Run:
     def start(self):
         """Before step 0: show the model training features, so that it can standardise them and place its codes."""
         keys = vqrae.TrainingOrder(len(self.train_images), self.args.seed, start=0)
-        wanted, features = max(START_TOKENS, 4 * self.config.codebook_size), []
+        wanted, features, patches = max(START_TOKENS, 4 * self.config.codebook_size), [], []
+        p = self.model.config.encoder.patch_size
         for batch in self.train_images.batches(keys, self.config.batch_size, self.workers):
+            images = batch.to(self.device).float() / 255
             with torch.no_grad():
-                features.append(self.model.encoder(batch.to(self.device).float() / 255).flatten(0, 1))  # (B * N, d)
+                features.append(self.model.encoder(images).flatten(0, 1))  # (B * N, d)
+            patches.append(nn.functional.unfold(images, p, stride=p).transpose(1, 2).flatten(0, 1))  # (B * N, 3*p*p)
             wanted -= len(features[-1])
             if wanted <= 0:
                 break
         generator = torch.Generator().manual_seed(self.args.seed)
-        self.model.start(torch.cat(features), self.config.codebook_init, generator)
+        self.model.start(torch.cat(features), torch.cat(patches), self.config.codebook_init, generator)
         self.average.load_state_dict(self.model.state_dict())
 
     def learning_rate(self, step):

@@ -487,12 +487,6 @@ class VQRAE(nn.Module):
             self.quantizer = QUANTIZERS[config.quantizer](config.codebook_size, e, config.beta, config.beta_side)
         self.project_out = nn.Linear(e, d)
         self.decoder = Decoder(config.encoder, config.output_patch_size)
-        # Where e >= d the way in is an isometry, so what is near in the features is near among the codes, and the way
-        # out is its inverse, so the decoder is shown features from the first step on.
-        nn.init.orthogonal_(self.project_in.weight)
-        nn.init.zeros_(self.project_in.bias)
-        self.project_out.weight.data.copy_(self.project_in.weight.T)
-        nn.init.zeros_(self.project_out.bias)
         for module in self.decoder.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
@@ -531,12 +525,37 @@ class VQRAE(nn.Module):
         return self.decoder(bottleneck, rows, indices.shape[1] // rows).clamp(0, 1)
 
     @torch.no_grad()
-    def start(self, features, codebook_init, generator=None):
-        """Before the first step: fix the standardisation on training features (n, d), start the codebook on them."""
+    def start(self, features, patches, codebook_init, generator=None):
+        """Before the first step: fit standardisation, projections and codebook to training tokens.
+
+        features (n, d) and patches (n, 3*p*p), the pixels of the same tokens.
+        """
         self.feature_mean.copy_(features.mean(0))
         self.feature_std.copy_(features.std(0) + 1e-6)
+        self.start_projections(self.standardise(features), patches)
         if codebook_init == "data" and not isinstance(self.quantizer, NoQuantizer):
             start_codebook(self.quantizer, self.project_in(self.standardise(features)), generator=generator)
+
+    def start_projections(self, features, patches):
+        """Let a distance between two z be half one between features, half one between the pixels they tell of.
+
+        The nearest code is the one that loses least in this distance, and a distance among semantic features alone
+        spends codes on what no pixel shows. What features tell of the pixels of their own patch is read off by least
+        squares. The way out starts as the inverse of the way in, so that the decoder meets features from step 0 on.
+        """
+        features, patches = features.cpu(), patches.cpu()  # the one device that has all the solvers
+        d, e = features.shape[1], self.config.codebook_dim
+        ridge = 1e-3 * len(features) * torch.eye(d)
+        told = torch.linalg.solve(features.T @ features + ridge, features.T @ (patches - patches.mean(0)))  # (d, 3*p*p)
+        told = told * (d / (features @ told).pow(2).sum(1).mean()).sqrt()  # as much variance as the features have
+        both = torch.cat([torch.eye(d), told.T]) / math.sqrt(2)  # (d + 3*p*p, d)
+        _, scale, directions = torch.linalg.svd(both, full_matrices=False)  # (d,), (d, d)
+        rank = min(d, e)  # with fewer dimensions than the encoder's, the weightiest directions stay
+        isometry = nn.init.orthogonal_(torch.empty(e, rank))
+        self.project_in.weight.copy_(isometry * scale[:rank] @ directions[:rank])  # (e, d)
+        self.project_out.weight.copy_(torch.linalg.pinv(self.project_in.weight))  # (d, e)
+        nn.init.zeros_(self.project_in.bias)
+        nn.init.zeros_(self.project_out.bias)
 
     def save_pretrained(self, folder):
         """Write config.json and model.safetensors, each replaced in one step, so no reader meets half a file."""
