@@ -407,7 +407,7 @@ def test_without_a_quantizer_features_pass_unchanged():
 def test_standardised_features_have_zero_mean_and_unit_variance_per_channel():
     model = small_model()
     features = model.encoder(torch.rand(32, 3, 16, 16)).detach().flatten(0, 1)
-    model.start(features, torch.rand(len(features), 48), "data", torch.Generator().manual_seed(0))
+    model.start(features, torch.rand(len(features), 48), generator=torch.Generator().manual_seed(0))
     z = model.standardise(features)
     torch.testing.assert_close(z.mean(0), torch.zeros(24), atol=1e-4, rtol=0)
     torch.testing.assert_close(z.std(0), torch.ones(24), atol=1e-3, rtol=0)
@@ -419,7 +419,7 @@ def test_distances_start_as_half_features_and_half_the_pixels_that_features_tell
     model = small_model(seed, codebook_dim=e)
     features = torch.randn(400, 24) @ torch.randn(24, 24) + torch.randn(24)
     patches = features @ torch.randn(24, 48) + 0.1 * torch.randn(400, 48)
-    model.start(features, patches, "gaussian")
+    model.start(features, patches, codebook_init="gaussian")
     f = model.standardise(features).numpy().astype(np.float64)
     told = f @ np.linalg.lstsq(f, patches.numpy() - patches.numpy().mean(0), rcond=None)[0]
     told *= np.sqrt((f**2).sum() / (told**2).sum())

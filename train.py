@@ -57,6 +57,7 @@ def parse_args(argv=None):
     add("--codebook-size", type=positive(int), help="number of codes, K")
     add("--codebook-dim", type=positive(int), help="width of a code, e")
     add("--codebook-init", choices=["data", "gaussian"], help="data: k-means of features; gaussian: the SimVQ authors'")
+    add("--projection-init", choices=["pixels", "random"], help="pixels: distances that count pixels; random: torch's")
     add("--beta-side", choices=["commitment", "codebook"], help="which term of Eq. 3 the 0.25 weighs")
     add("--perceptual", choices=["vfm", "lpips-convnext", "none"],
         help="vfm: the encoder's own features; lpips-convnext: the paper's networks, fetched on first use")
@@ -167,7 +168,8 @@ class Run:
             if wanted <= 0:
                 break
         generator = torch.Generator().manual_seed(self.args.seed)
-        self.model.start(torch.cat(features), torch.cat(patches), self.config.codebook_init, generator)
+        self.model.start(torch.cat(features), torch.cat(patches), self.config.codebook_init,
+                         self.config.projection_init, generator)
         self.average.load_state_dict(self.model.state_dict())
 
     def learning_rate(self, step):
@@ -414,10 +416,10 @@ def finish(run, lines, earlier, begin):
     draw_reconstructions(run)
     seconds = earlier + time.time() - begin
     steady = [line["images_per_second"] for line in lines[1:]] or [0.0]
+    settings = ("quantizer", "codebook_size", "codebook_dim", "codebook_init", "projection_init", "perceptual", "batch_size")
     summary.update(seconds=seconds, images_per_second=sum(steady) / len(steady), steps=run.done, seed=run.args.seed,
                    preset=run.args.preset, precision="bf16" if run.bf16 else "fp32", device=run.device.type,
-                   **{name: getattr(config, name) for name in ("quantizer", "codebook_size", "codebook_dim",
-                                                                "codebook_init", "perceptual", "batch_size")})
+                   **{name: getattr(config, name) for name in settings})
     write_json(out / "summary.json", summary)
     print(json.dumps(summary, indent=2))
     print(f"pictures: {out}/reconstructions.png (originals left, reconstructions right) and {out}/curves.png")
@@ -467,6 +469,7 @@ def benchmark(run, warmup=3, steps=20):
         "flop_per_step": counter.get_total_flops(),
         "flop_per_second": counter.get_total_flops() / seconds,
         "matmul_flop_per_second": rate,
+        "fp32_matmul_flop_per_second": matmul_rate(run.device, torch.float32),
         "share_of_matmul": counter.get_total_flops() / seconds / rate,
         "precision": "bf16" if run.bf16 else "fp32",
         "peak_memory_bytes": peak,

@@ -525,19 +525,21 @@ class VQRAE(nn.Module):
         return self.decoder(bottleneck, rows, indices.shape[1] // rows).clamp(0, 1)
 
     @torch.no_grad()
-    def start(self, features, patches, codebook_init, generator=None):
+    def start(self, features, patches, codebook_init="data", projection_init="pixels", generator=None):
         """Before the first step: fit standardisation, projections and codebook to training tokens.
 
-        features (n, d) and patches (n, 3*p*p), the pixels of the same tokens.
+        features (n, d) and patches (n, 3*p*p), the pixels of the same tokens. The projections start by
+        `start_projections` or as torch's "random", the codebook by `start_codebook` or stays "gaussian".
         """
         self.feature_mean.copy_(features.mean(0))
         self.feature_std.copy_(features.std(0) + 1e-6)
-        self.start_projections(self.standardise(features), patches)
+        if projection_init == "pixels":
+            self.start_projections(self.standardise(features), patches)
         if codebook_init == "data" and not isinstance(self.quantizer, NoQuantizer):
             start_codebook(self.quantizer, self.project_in(self.standardise(features)), generator=generator)
 
     def start_projections(self, features, patches):
-        """Let a distance between two z be half one between features, half one between the pixels they tell of.
+        """`--projection-init pixels`: a distance between two z is half one of features, half one of what they tell.
 
         The nearest code is the one that loses least in this distance, and a distance among semantic features alone
         spends codes on what no pixel shows. What features tell of the pixels of their own patch is read off by least
@@ -998,6 +1000,7 @@ class Stage1Config:
     codebook_dim: int
     quantizer: str
     codebook_init: str
+    projection_init: str
     beta_side: str
     perceptual: str
     perceptual_weight: float
@@ -1023,6 +1026,7 @@ PRESETS = {
         codebook_dim=256,
         quantizer="simvq",
         codebook_init="data",
+        projection_init="pixels",
         beta_side="commitment",
         perceptual="vfm",
         perceptual_weight=1.1,
