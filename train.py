@@ -416,7 +416,8 @@ def finish(run, lines, earlier, begin):
     draw_reconstructions(run)
     seconds = earlier + time.time() - begin
     steady = [line["images_per_second"] for line in lines[1:]] or [0.0]
-    settings = ("quantizer", "codebook_size", "codebook_dim", "codebook_init", "projection_init", "perceptual", "batch_size")
+    settings = ("quantizer", "codebook_size", "codebook_dim", "codebook_init", "projection_init", "perceptual",
+                "batch_size")
     summary.update(seconds=seconds, images_per_second=sum(steady) / len(steady), steps=run.done, seed=run.args.seed,
                    preset=run.args.preset, precision="bf16" if run.bf16 else "fp32", device=run.device.type,
                    **{name: getattr(config, name) for name in settings})
