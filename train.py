@@ -152,7 +152,8 @@ class Run:
 
     def reset_window(self):
         """Forget the sums since the last log line."""
-        self.window, self.counts = {}, torch.zeros(self.config.codebook_size, dtype=torch.int64)
+        self.window = {}
+        self.counts = torch.zeros(self.config.codebook_size, dtype=torch.int64, device=self.device)
 
     def start(self):
         """Before step 0: show the model training features, so that it can standardise them and place its codes."""
@@ -206,15 +207,15 @@ class Run:
             y = out.reconstruction.float().clamp(0, 1)
             terms = {"loss": loss, **terms, "train_psnr": vqrae.psnr(vqrae.resize_to(images, y), y).mean(),
                      "z_norm": out.z.norm(dim=-1).mean(), "code_norm": out.z_q.norm(dim=-1).mean(), "grad_norm": norm}
-            for name, value in terms.items():
-                self.window[name] = self.window.get(name, 0.0) + value.item()
+            for name, value in terms.items():  # stays on the device: reading a value would wait for it
+                self.window[name] = self.window.get(name, 0.0) + value.detach()
             if out.indices is not None:
-                self.counts += torch.bincount(out.indices.flatten().cpu(), minlength=len(self.counts))
+                self.counts += torch.bincount(out.indices.flatten(), minlength=len(self.counts))
 
     def log(self, steps, seconds):
         """The means since the last log line, as one object of metrics.jsonl."""
-        utilization, perplexity = vqrae.codebook_usage(self.counts)
-        line = {"step": self.done, **{name: value / steps for name, value in self.window.items()},
+        utilization, perplexity = vqrae.codebook_usage(self.counts.cpu())
+        line = {"step": self.done, **{name: value.item() / steps for name, value in self.window.items()},
                 "lr": self.optimizer.param_groups[0]["lr"],
                 "images_per_second": steps * self.config.batch_size / seconds}
         if self.counts.sum():
@@ -272,7 +273,8 @@ class Run:
         self.average.load_state_dict(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.done, self.seconds = state["done"], state["seconds"]
-        self.window, self.counts = state["window"], state["counts"]
+        self.window = {name: value.to(self.device) for name, value in state["window"].items()}
+        self.counts = state["counts"].to(self.device)
         torch.set_rng_state(state["rng"])
         if "cuda_rng" in state and self.device.type == "cuda":
             torch.cuda.set_rng_state(state["cuda_rng"])
