@@ -64,7 +64,8 @@ def evaluate(args, model, device):
     result = vqrae.evaluate(model, images, args.batch_size, device, frechet_encoder=encoder,
                             lpips=lpips_distance(device))
     result = {"model": str(args.model), "data": str(args.data), "split": args.split, **result}
-    result[f"frechet_{Path(args.frechet_encoder).name}"] = result.pop("frechet")  # never called rFID: not Inception's
+    if "frechet" in result:  # named after its encoder and never called rFID, which is Inception's
+        result[f"frechet_{Path(args.frechet_encoder).name}"] = result.pop("frechet")
     for name, value in result.items():
         print(f"{name:20} {value:.4f}" if isinstance(value, float) else f"{name:20} {value}")
     print(json.dumps(result))
@@ -112,7 +113,7 @@ def parse_args(argv=None):
         sub = commands.add_parser(command.__name__, help=command.__doc__, description=command.__doc__)
         sub.set_defaults(function=command)
         sub.add_argument("--model", type=Path, default=Path("out/stage1"), help="folder that train.py wrote")
-        sub.add_argument("--image-size", type=positive(int), help="side in pixels (default: the encoder's own)")
+        sub.add_argument("--image-size", type=positive(int), help="side in pixels (default: the model's)")
         sub.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
         if command is not evaluate:
             sub.add_argument("--out", type=Path, default=Path("out/pictures"), help="folder for the pictures")
@@ -136,7 +137,7 @@ def main(argv=None):
     with one_sentence_errors():
         device = choose_device(args.device)
         model = vqrae.VQRAE.from_pretrained(args.model).to(device)
-        args.image_size = args.image_size or model.config.encoder.image_size
+        args.image_size = args.image_size or model.config.image_size
         args.function(args, model, device)
 
 

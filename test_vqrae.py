@@ -8,6 +8,7 @@ transformers, scikit-image, scipy, or the lpips package, on random weights; noth
 
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -43,7 +44,7 @@ def small_vit(image_size=16, patch_size=4, width=24, depth=2, heads=2):
 def small_model(seed=0, q=4, quantizer="simvq", **changes):
     torch.manual_seed(seed)
     config = {"codebook_size": 40, "codebook_dim": 12, **changes}
-    return vqrae.VQRAE(vqrae.VQRAEConfig(small_vit(), q, quantizer=quantizer, **config)).eval()
+    return vqrae.VQRAE(vqrae.VQRAEConfig(small_vit(), 16, q, quantizer=quantizer, **config)).eval()
 
 
 @pytest.fixture(scope="session")
@@ -344,6 +345,11 @@ def test_q_scales_the_output_by_q_over_p(q):
     model, images = small_model(q=q), torch.rand(2, 3, 16, 24)
     assert model(images).reconstruction.shape == (2, 3, 16 * q // 4, 24 * q // 4)
     assert model.decode(model.encode(images)[1], rows=4).shape == (2, 3, 16 * q // 4, 24 * q // 4)
+
+
+def test_the_vfm_loss_takes_outputs_that_do_not_divide_into_patches():
+    perceptual = vqrae.VFMPerceptual(small_model().encoder)
+    assert perceptual(torch.rand(1, 3, 19, 14), torch.rand(1, 3, 19, 14)).isfinite()
 
 
 def test_every_token_writes_its_own_square_of_pixels():
@@ -660,12 +666,26 @@ def test_both_splits_of_a_folder_name_a_broken_file_together_only_once(tmp_path,
 def test_an_empty_or_missing_folder_is_one_sentence(tmp_path):
     with pytest.raises(InputError, match=f"no images at {tmp_path}"):
         vqrae.ImageSet(tmp_path, "train", 16)
-    with pytest.raises(InputError, match="does not exist"):
+    with pytest.raises(InputError, match="is not a folder"):
         vqrae.ImageSet(tmp_path / "nowhere", "train", 16)
 
 
+def test_a_folder_of_the_users_may_have_an_index_json_of_its_own(tmp_path):
+    Image.new("RGB", (20, 20), RED).save(tmp_path / "one.png")
+    (tmp_path / "index.json").write_text('["mine"]')
+    assert len(vqrae.ImageSet(tmp_path, "all", 16)) == 1
+
+
+def test_images_read_by_worker_processes_are_the_same(photo_folder):
+    images = vqrae.ImageSet(photo_folder, "all", 16)
+    keys = [(index, 100 + index) for index in range(len(images))]
+    alone, shared = (torch.cat(list(images.batches(keys, 5, workers))) for workers in (0, 2))
+    assert torch.equal(alone, shared)
+    assert pickle.loads(pickle.dumps(vqrae.ImageSet.collate)) is vqrae.ImageSet.collate  # as macOS and Windows need
+
+
 def test_a_folder_is_read_lazily_so_that_memory_stays_flat(photo_folder):
-    assert all(isinstance(source, Path) for source in vqrae.ImageSet(photo_folder, "all", 16).sources)
+    assert all(isinstance(source, str) for source in vqrae.ImageSet(photo_folder, "all", 16).sources)
 
 
 def test_train_and_val_folders_make_the_split_and_otherwise_a_twentieth_is_held_out(tmp_path, photo_folder):
@@ -730,7 +750,7 @@ def test_a_run_leaves_all_its_files_and_figures(short_run, tmp_path, capsys):
     assert {"config.json", "model.safetensors", "checkpoint", "metrics.jsonl", "summary.json", "reconstructions.png",
             "curves.png"} <= {path.name for path in out.iterdir()}
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [2, 4, 6] and "val_psnr" in lines[1]
+    assert [line["step"] for line in lines] == [2, 4, 6] and "val_psnr" in lines[1] and "val_psnr" in lines[2]
     for name in ("loss", "mse", "perceptual", "codebook", "commitment", "lr", "images_per_second", "train_utilization",
                  "train_perplexity", "z_norm", "code_norm"):
         assert all(np.isfinite(line[name]) for line in lines), name
@@ -854,7 +874,7 @@ def test_the_average_starts_short_and_is_what_gets_saved(short_run, tmp_path):
     (["--encoder", "{tmp}"], "cannot read .*config.json"),
     (["--image-size", "18"], "--image-size 18 is not a multiple, at least twice, of the encoder's patches of 4"),
     (["--image-size", "4"], "--image-size 4 is not a multiple, at least twice,"),
-    (["--output-patch-size", "1"], "images of 4 pixels come out, and SSIM needs 11"),
+    (["--output-patch-size", "1"], "images of 4 pixels would come out; SSIM needs 11"),
     (["--device", "nonsense"], "--device nonsense is not available"),
 ])
 def test_a_wrong_argument_of_train_is_one_sentence(short_run, tmp_path, extra, sentence):
@@ -863,8 +883,8 @@ def test_a_wrong_argument_of_train_is_one_sentence(short_run, tmp_path, extra, s
     assert str(error.value).startswith("error: ") and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("extra", [["--steps", "0"], ["--batch-size", "-1"], ["--quantizer", "fsq"],
-                                   ["--learning-rate", "x"]])
+@pytest.mark.parametrize("extra", [["--steps", "0"], ["--batch-size", "-1"], ["--quantizer", "fsq"], ["--seed", "-1"],
+                                   ["--learning-rate", "x"], ["--workers", "-1"]])
 def test_a_value_out_of_range_is_refused_before_anything_starts(short_run, extra, capsys):
     with pytest.raises(SystemExit) as error:
         train.main(short_run + extra)
@@ -891,6 +911,29 @@ def test_every_quantizer_and_start_trains(short_run, tmp_path, quantizer, init):
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     assert summary["quantizer"] == quantizer and np.isfinite(summary["val_psnr"])
     assert ("val_utilization" in summary) == (quantizer != "none")
+
+
+def test_any_seed_trains_and_an_evaluation_needs_no_log_step(short_run, tmp_path):
+    train.main(short_run + ["--seed", "20261122123456", "--log-every", "5", "--evaluate-every", "3"])
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [(line["step"], "val_psnr" in line) for line in lines] == [(3, True), (5, False), (6, True)]
+
+
+def test_q_other_than_p_trains_and_sample_uses_the_size_of_training(short_run, tmp_path, photo_folder, encoder_folder,
+                                                                    capsys, monkeypatch):
+    monkeypatch.setattr(sample, "lpips_distance", lambda device: None)
+    train.main(short_run + ["--image-size", "24", "--output-patch-size", "5"])
+    sample.main(["evaluate", "--model", str(tmp_path / "run"), "--data", str(photo_folder), "--device", "cpu",
+                 "--split", "all", "--frechet-encoder", str(encoder_folder)])
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["tokens"] == 12 * 36
+
+
+def test_a_resumed_run_with_another_encoder_is_refused(short_run, tmp_path):
+    train.main(short_run)
+    torch.manual_seed(0)
+    vqrae.save_encoder(vqrae.Encoder(small_vit(width=12)), tmp_path / "other")
+    with pytest.raises(SystemExit, match="--resume continues a run with its own settings: encoder is"):
+        train.main(short_run + ["--resume", "--encoder", str(tmp_path / "other")])
 
 
 def test_the_benchmark_prints_one_json_line_and_writes_nothing(short_run, tmp_path, capsys):

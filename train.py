@@ -43,6 +43,13 @@ def positive(kind):
     return parse
 
 
+def counting(text):
+    """An argparse type: an int of 0 or more."""
+    if int(text) < 0:
+        raise ValueError
+    return int(text)
+
+
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -61,17 +68,17 @@ def parse_args(argv=None):
     add("--beta-side", choices=["commitment", "codebook"], help="which term of Eq. 3 the 0.25 weighs")
     add("--perceptual", choices=["vfm", "lpips-convnext", "none"],
         help="vfm: the encoder's own features; lpips-convnext: the paper's networks, fetched on first use")
-    add("--perceptual-weight", type=float)
-    add("--steps", type=positive(int))
-    add("--batch-size", type=positive(int))
-    add("--learning-rate", type=positive(float))
-    add("--seed", type=int, default=0)
+    add("--perceptual-weight", type=float, help="weight of the perceptual loss (paper: 1.1)")
+    add("--steps", type=positive(int), help="training steps")
+    add("--batch-size", type=positive(int), help="images a step")
+    add("--learning-rate", type=positive(float), help="at its highest, after the warm-up")
+    add("--seed", type=counting, default=0, help="of weights, order and crops: the same seed gives the same run")
     add("--resume", action="store_true", help="continue the run in --out from its last checkpoint")
     add("--overwrite", action="store_true", help="start anew in an --out that already holds a run")
     add("--checkpoint-every", type=positive(int), default=200, metavar="N", help="steps between checkpoints")
     add("--log-every", type=positive(int), default=50, metavar="N", help="steps between lines of metrics.jsonl")
     add("--evaluate-every", type=positive(int), default=600, metavar="N", help="steps between held-out evaluations")
-    add("--workers", type=int, default=None, help="processes that read images (default: 0 for shipped data)")
+    add("--workers", type=counting, default=None, help="processes that read images (default: 0 for shipped data)")
     add("--device", default="auto", help="auto, cuda, mps or cpu")
     add("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="auto: bf16 where the device has it")
     add("--compile", action="store_true", help="torch.compile: slower to start, faster steps")
@@ -117,19 +124,20 @@ class Run:
         torch.manual_seed(args.seed)
         self.train_images = vqrae.ImageSet(config.data, "train", config.image_size)
         self.val_images = vqrae.ImageSet(config.data, "val", config.image_size)
-        shipped = isinstance(self.train_images.sources[0], Path)
-        self.workers = args.workers if args.workers is not None else min(4, os.cpu_count()) if shipped else 0
+        workers = 0 if self.train_images.from_sheets else min(4, os.cpu_count() or 1)
+        self.workers = workers if args.workers is None else args.workers
         encoder = vqrae.load_encoder(config.encoder)
         p = encoder.config.patch_size
         q = config.output_patch_size or p
         if config.image_size % p or config.image_size < 2 * p:
             raise InputError(f"--image-size {config.image_size} is not a multiple, at least twice, of the encoder's "
                              f"patches of {p} pixels")
-        if config.image_size * q // p < 11:
-            raise InputError(f"images of {config.image_size * q // p} pixels come out, and SSIM needs 11: choose a "
-                             "larger --image-size or --output-patch-size")
+        if config.image_size * q // p < max(11, 2 * p):
+            raise InputError(f"images of {config.image_size * q // p} pixels would come out; SSIM needs 11 and the "
+                             f"perceptual loss {2 * p}: choose a larger --image-size or --output-patch-size")
         self.model = vqrae.VQRAE(vqrae.VQRAEConfig(
-            encoder=encoder.config, output_patch_size=q, codebook_size=config.codebook_size,
+            encoder=encoder.config, image_size=config.image_size, output_patch_size=q,
+            codebook_size=config.codebook_size,
             codebook_dim=config.codebook_dim, quantizer=config.quantizer, beta_side=config.beta_side))
         self.model.encoder = encoder.requires_grad_(False)  # stage 1: the encoder is frozen
         self.model.to(self.device)
@@ -138,10 +146,12 @@ class Run:
         if config.perceptual == "lpips-convnext":
             self.perceptual.to(self.device)
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
-        # No decay for vectors, nor for SimVQ's W, which the authors' rule leaves out by its name.
-        decayed = [p for name, p in self.model.named_parameters()
-                   if p.requires_grad and p.dim() >= 2 and not name.startswith("quantizer.")]
-        others = [p for p in self.trained if all(p is not q for q in decayed)]
+        # No decay for vectors, nor for codes and W: TiTok's rule exempts embeddings, and W stands for one.
+        decayed, others = [], []
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                matrix = parameter.dim() >= 2 and not name.startswith("quantizer.")
+                (decayed if matrix else others).append(parameter)
         self.optimizer = torch.optim.AdamW(
             [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}],
             lr=config.learning_rate, betas=config.betas)
@@ -152,7 +162,7 @@ class Run:
 
     def reset_window(self):
         """Forget the sums since the last log line."""
-        self.window = {}
+        self.window, self.window_steps = {}, 0
         self.counts = torch.zeros(self.config.codebook_size, dtype=torch.int64, device=self.device)
 
     def start(self):
@@ -188,7 +198,7 @@ class Run:
         images = batch.to(self.device).float() / 255
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(self.done)
-        generator = torch.Generator().manual_seed(self.args.seed * 2**40 + self.done)
+        generator = torch.Generator().manual_seed((self.args.seed * 2**40 + self.done) % 2**63)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             out = self.fast_model(images)
             loss, terms = vqrae.stage1_loss(images, out, self.perceptual, self.config.perceptual_weight, generator)
@@ -200,6 +210,7 @@ class Run:
                              f"good checkpoint is kept, and a lower --learning-rate may help")
         self.optimizer.step()
         self.done += 1
+        self.window_steps += 1
         decay = min(self.config.ema_decay, (1 + self.done) / (10 + self.done))  # short at first, to forget the start
         with torch.no_grad():
             averaged = [p for p, q in zip(self.average.parameters(), self.model.parameters()) if q.requires_grad]
@@ -212,20 +223,20 @@ class Run:
             if out.indices is not None:
                 self.counts += torch.bincount(out.indices.flatten(), minlength=len(self.counts))
 
-    def log(self, steps, seconds):
+    def log(self, images_per_second):
         """The means since the last log line, as one object of metrics.jsonl."""
-        utilization, perplexity = vqrae.codebook_usage(self.counts.cpu())
-        line = {"step": self.done, **{name: value.item() / steps for name, value in self.window.items()},
-                "lr": self.optimizer.param_groups[0]["lr"],
-                "images_per_second": steps * self.config.batch_size / seconds}
+        utilization, perplexity = vqrae.codebook_usage(self.counts)
+        line = {"step": self.done, **{name: value.item() / self.window_steps for name, value in self.window.items()},
+                "lr": self.optimizer.param_groups[0]["lr"], "images_per_second": images_per_second}
         if self.counts.sum():
             line.update(train_utilization=utilization, train_perplexity=perplexity)
         self.reset_window()
         return line
 
     def evaluate(self):
-        """Metrics of the averaged model on the held-out images."""
-        return vqrae.evaluate(self.average, self.val_images, self.config.batch_size, self.device, self.workers)
+        """Metrics of the averaged model on the held-out images, each name with "val_" before it."""
+        result = vqrae.evaluate(self.average, self.val_images, 64, self.device, self.workers)
+        return {f"val_{name}": value for name, value in result.items()}
 
     # --- checkpoints: one file, replaced in one step ---
 
@@ -237,13 +248,15 @@ class Run:
         """What must not change between the parts of a run, as plain values; folders may move."""
         config = {name: value for name, value in asdict(self.config).items() if name not in ("data", "encoder")}
         return json.loads(json.dumps({"seed": self.args.seed, "precision": "bf16" if self.bf16 else "fp32",
-                                      "training images": len(self.train_images), **config}))
+                                      "training images": len(self.train_images),
+                                      "encoder": asdict(self.model.config.encoder), **config}))
 
     def save(self):
         """Write the checkpoint beside the old one, then put it in the old one's place."""
         self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
         state = {"settings": self.settings(), "done": self.done, "seconds": self.seconds, "window": self.window,
-                 "counts": self.counts, "model": self.model.state_dict(), "average": self.average.state_dict(),
+                 "window_steps": self.window_steps, "counts": self.counts,
+                 "model": self.model.state_dict(), "average": self.average.state_dict(),
                  "optimizer": self.optimizer.state_dict(), "rng": torch.get_rng_state()}
         if self.device.type == "cuda":
             state["cuda_rng"] = torch.cuda.get_rng_state()
@@ -272,7 +285,7 @@ class Run:
         self.model.load_state_dict(state["model"])
         self.average.load_state_dict(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.done, self.seconds = state["done"], state["seconds"]
+        self.done, self.seconds, self.window_steps = state["done"], state["seconds"], state["window_steps"]
         self.window = {name: value.to(self.device) for name, value in state["window"].items()}
         self.counts = state["counts"].to(self.device)
         torch.set_rng_state(state["rng"])
@@ -280,9 +293,10 @@ class Run:
             torch.cuda.set_rng_state(state["cuda_rng"])
 
 
-def write_json(path, value):
+def replace_text(path, text):
+    """Write a file in one step: whoever reads it, whenever the power fails, meets the old text or the new one."""
     part = path.with_suffix(".tmp")
-    part.write_text(json.dumps(value, indent=2) + "\n")
+    part.write_text(text)
     part.replace(path)
 
 
@@ -346,34 +360,40 @@ def train(run):
         raise InputError(f"{args.out} already holds a run: --resume continues it, --overwrite replaces it, and another "
                          "--out leaves it alone")
     else:
+        if args.resume:
+            print(f"no checkpoint in {args.out} yet, starting at step 0")
         run.checkpoint.unlink(missing_ok=True)
         run.start()
     earlier, metrics = run.seconds, args.out / "metrics.jsonl"
     lines = read_log(metrics, run.done)
-    metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    replace_text(metrics, "".join(json.dumps(line) + "\n" for line in lines))
 
     keys = vqrae.TrainingOrder(len(run.train_images), args.seed, run.done * config.batch_size)
     batches = iter(run.train_images.batches(keys, config.batch_size, run.workers))
     bar = tqdm(total=config.steps, initial=run.done, desc="stage 1", unit="step", dynamic_ncols=True)
-    window_steps, window_start = run.done % args.log_every, time.time()
+    timed_steps, timer, saved = 0, time.time(), run.done
     with stop_signals() as stopped:
         while run.done < config.steps and not stopped:
             run.step(next(batches))
             bar.update()
-            window_steps += 1
+            timed_steps += 1
             last = run.done == config.steps
-            if run.done % args.log_every == 0 or last:
-                line = run.log(window_steps, time.time() - window_start)
-                if run.done % args.evaluate_every == 0 and not last:
-                    line.update({f"val_{name}": value for name, value in run.evaluate().items()})
-                window_steps, window_start = 0, time.time()
+            evaluating = run.done % args.evaluate_every == 0 and not last  # the last evaluation comes after the loop
+            if run.done % args.log_every == 0 or evaluating or last:
+                line = run.log(timed_steps * config.batch_size / (time.time() - timer))
+                if evaluating:
+                    line.update(run.evaluate())
+                timed_steps, timer = 0, time.time()
                 lines.append(line)
                 with open(metrics, "a") as file:
                     file.write(json.dumps(line) + "\n")
                 show(bar, line)
-            if run.done % args.checkpoint_every == 0 or last or stopped:
-                run.seconds = earlier + time.time() - begin
+            if run.done % args.checkpoint_every == 0 or last:
+                run.seconds, saved = earlier + time.time() - begin, run.done
                 run.save()
+        if saved < run.done:
+            run.seconds = earlier + time.time() - begin
+            run.save()
     bar.close()
     if run.done < config.steps:
         print(f"stopped after step {run.done} of {config.steps}; the same command with --resume goes on from here")
@@ -399,8 +419,8 @@ def show(bar, line):
     bar.set_postfix(loss=f"{line['loss']:.3f}", psnr=f"{line['train_psnr']:.1f}",
                     used=f"{line.get('train_utilization', 0):.0%}", images_per_s=f"{line['images_per_second']:.0f}")
     if "val_psnr" in line:
-        codes = (f", {line['val_utilization']:.1%} of codes used, perplexity {line['val_perplexity']:.0f}"
-                 if "val_tokens" in line else "")
+        codes = (f", {line['val_utilization']:.1%} of codes used and perplexity {line['val_perplexity']:.0f} over "
+                 f"{line['val_tokens']:,} tokens" if "val_tokens" in line else "")
         bar.write(f"step {line['step']}: held-out PSNR {line['val_psnr']:.2f} dB{codes}")
 
 
@@ -408,22 +428,23 @@ def finish(run, lines, earlier, begin):
     """Final evaluation of the averaged weights; write the model, summary.json and the pictures."""
     config, out = run.config, run.args.out
     run.average.save_pretrained(out)
-    val = {f"val_{name}": value for name, value in run.evaluate().items()}
-    summary = dict(val)
+    summary = run.evaluate()
+    lines[-1].update(summary)
+    replace_text(out / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
     if config.quantizer != "none":
-        counts = vqrae.count_codes(run.average, run.train_images, config.batch_size, run.device, run.workers)
+        counts = vqrae.count_codes(run.average, run.train_images, 64, run.device, run.workers)
         summary["train_utilization"], summary["train_perplexity"] = vqrae.codebook_usage(counts)
         summary["train_tokens"] = int(counts.sum())
-    draw_curves(lines + [{"step": run.done, **val}], out / "curves.png")
+    draw_curves(lines, out / "curves.png")
     draw_reconstructions(run)
     seconds = earlier + time.time() - begin
-    steady = [line["images_per_second"] for line in lines[1:]] or [0.0]
+    steady = [line["images_per_second"] for line in lines[1:] or lines]  # the first line has torch's warm-up in it
     settings = ("quantizer", "codebook_size", "codebook_dim", "codebook_init", "projection_init", "perceptual",
                 "batch_size")
     summary.update(seconds=seconds, images_per_second=sum(steady) / len(steady), steps=run.done, seed=run.args.seed,
                    preset=run.args.preset, precision="bf16" if run.bf16 else "fp32", device=run.device.type,
                    **{name: getattr(config, name) for name in settings})
-    write_json(out / "summary.json", summary)
+    replace_text(out / "summary.json", json.dumps(summary, indent=2) + "\n")
     print(json.dumps(summary, indent=2))
     print(f"pictures: {out}/reconstructions.png (originals left, reconstructions right) and {out}/curves.png")
 

@@ -57,9 +57,9 @@ class ViTConfig:
 
 def attend(q, k, v):
     """softmax(q k^T / sqrt(head)) v on (B, heads, N, head)."""
-    if q.device.type != "cpu":
+    if q.device.type != "cpu" or q.shape[-2] > 512:
         return F.scaled_dot_product_attention(q, k, v)
-    # For the short sequences that a CPU can afford, torch's fused kernel is up to five times slower than this.
+    # For short sequences on a CPU, torch's fused kernel and above all its backward is slower than these two products.
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (B, heads, N, N)
     return scores.float().softmax(-1).to(v.dtype) @ v  # (B, heads, N, head)
 
@@ -319,10 +319,10 @@ class VectorQuantizer(nn.Module):
     def forward(self, z):
         """Quantize z (..., e) -> z_q (..., e), indices (...), codebook loss, commitment loss; see Eq. 3.
 
-        The two losses add up to L_quant, beta included. Eq. 3 as printed compares C with Z_q twice, which would train
-        nothing; this is the form of its source (SimVQ, Algorithm 1): the codebook term moves the code to the feature,
-        the commitment term, weighted by beta, moves the feature to the code. On whichever side beta is, the sum has the
-        same value: only the gradients differ.
+        The two losses add up to L_quant, beta included. Eq. 3 as printed compares C with Z_q twice, which never brings
+        code and feature together; this is the form of its source (SimVQ, Algorithm 1): the codebook term moves the code
+        to the feature, the commitment term, weighted by beta, moves the feature to the code. On whichever side beta is,
+        the sum has the same value: only the gradients differ.
         """
         with torch.autocast(z.device.type, enabled=False):  # distances in bf16 would pick wrong neighbours
             z = z.float()
@@ -445,6 +445,7 @@ class VQRAEConfig:
     """Everything that fixes the shapes of a VQRAE; `config.json` of a saved model holds just this."""
 
     encoder: ViTConfig
+    image_size: int  # side of the images it was trained on
     output_patch_size: int  # q; equal to the encoder's p keeps the size of the image
     codebook_size: int  # K
     codebook_dim: int  # e
@@ -502,7 +503,8 @@ class VQRAE(nn.Module):
 
     def forward(self, images):
         features = self.encoder(images)  # Z_I (B, N, d)
-        z = self.project_in(self.standardise(features))  # Z^_c (B, N, e)
+        with torch.autocast(images.device.type, enabled=False):  # rounded to bf16, z would choose other codes
+            z = self.project_in(self.standardise(features.float()))  # Z^_c (B, N, e)
         z_q, indices, codebook_loss, commitment_loss = self.quantizer(z)  # Z_q (B, N, e), (B, N)
         bottleneck = self.project_out(z_q)  # Z_bot (B, N, d)
         reconstruction = self.decoder(bottleneck, *self.grid(images))  # X' (B, 3, H*q/p, W*q/p)
@@ -534,11 +536,11 @@ class VQRAE(nn.Module):
         self.feature_mean.copy_(features.mean(0))
         self.feature_std.copy_(features.std(0) + 1e-6)
         if projection_init == "pixels":
-            self.start_projections(self.standardise(features), patches)
+            self.start_projections(self.standardise(features), patches, generator)
         if codebook_init == "data" and not isinstance(self.quantizer, NoQuantizer):
             start_codebook(self.quantizer, self.project_in(self.standardise(features)), generator=generator)
 
-    def start_projections(self, features, patches):
+    def start_projections(self, features, patches, generator):
         """`--projection-init pixels`: a distance between two z is half one of features, half one of what they tell.
 
         The nearest code is the one that loses least in this distance, and a distance among semantic features alone
@@ -553,7 +555,7 @@ class VQRAE(nn.Module):
         both = torch.cat([torch.eye(d), told.T]) / math.sqrt(2)  # (d + 3*p*p, d)
         _, scale, directions = torch.linalg.svd(both, full_matrices=False)  # (d,), (d, d)
         rank = min(d, e)  # with fewer dimensions than the encoder's, the weightiest directions stay
-        isometry = nn.init.orthogonal_(torch.empty(e, rank))
+        isometry = nn.init.orthogonal_(torch.empty(e, rank), generator=generator)
         self.project_in.weight.copy_(isometry * scale[:rank] @ directions[:rank])  # (e, d)
         self.project_out.weight.copy_(torch.linalg.pinv(self.project_in.weight))  # (d, e)
         nn.init.zeros_(self.project_in.bias)
@@ -599,8 +601,9 @@ class VFMPerceptual(nn.Module):
     """`--perceptual vfm`: L_P as the distance between the frozen encoder's own features of both images.
 
     Needs no download and no convolution. LPIPS' recipe on tokens: after every block, scale each token to unit length,
-    take squared differences. Encoder and decoder share one grid of patches, so a seam between two patches of the output
-    would fall between two patches of the encoder, unseen; both images are therefore shifted by a random offset.
+    take squared differences; and before the first block, those of the image's gradients, where an eye sees noise and
+    seams that a pixel's own value hardly shows. Encoder and decoder share one grid of patches, so a seam between two
+    patches of the output would fall between two patches of the encoder, unseen; both are therefore shifted at random.
     """
 
     def __init__(self, encoder):
@@ -609,14 +612,18 @@ class VFMPerceptual(nn.Module):
 
     def forward(self, x, y, generator=None):
         """Images (B, 3, H, W) in [0, 1] -> scalar; the offset is drawn from `generator`."""
-        p = self.encoder.config.patch_size
-        top, left = torch.randint(p + 1, (2,), generator=generator).tolist()
-        window = (..., slice(top, x.shape[-2] - p + top), slice(left, x.shape[-1] - p + left))
+        p, window = self.encoder.config.patch_size, [...]
+        for size in x.shape[-2:]:
+            side = (size // p - 1) * p  # one patch less, so that the window has room to move by a whole one
+            start = int(torch.randint(size - side + 1, (), generator=generator))
+            window.append(slice(start, start + side))
+        window = tuple(window)
         with torch.no_grad():
             targets = self.encoder.hidden_states(x[window])
         states = self.encoder.hidden_states(y[window])
-        return torch.stack([F.mse_loss(unit(a.float(), -1), unit(b.float(), -1), reduction="none").sum(-1).mean()
-                            for a, b in zip(states, targets)]).mean()
+        distances = [(unit(a.float(), -1) - unit(b.float(), -1)).pow(2).sum(-1).mean() for a, b in zip(states, targets)]
+        gradients = [(y - x).diff(dim=dim).pow(2).mean() for dim in (-2, -1)]
+        return sum(distances) / len(distances) + 2 * sum(gradients)
 
 
 class PaperPerceptual(nn.Module):
@@ -728,7 +735,7 @@ def codebook_usage(counts):
     Utilization is the share of codes chosen at least once; perplexity, exp of the entropy of the choices, is the number
     of codes that would be as hard to guess if all were equally frequent.
     """
-    counts = counts.double()
+    counts = counts.cpu().double()
     share = counts / counts.sum().clamp(min=1)
     return (counts > 0).double().mean().item(), torch.special.entr(share).sum().exp().item()
 
@@ -797,11 +804,12 @@ def evaluate(model, images, batch_size=64, device="cpu", workers=0, frechet_enco
             scores.setdefault("lpips", []).append(lpips(x, y).cpu())
         if frechet_encoder is not None:
             for side, part in zip(features, (x, y)):
+                part = F.interpolate(part, frechet_encoder.config.image_size, mode="bicubic", antialias=True)
                 side.append(frechet_encoder(part).mean(1).cpu())
         if out.indices is not None:
             counts += torch.bincount(out.indices.flatten().cpu(), minlength=len(counts))
     result = {name: torch.cat(values).double().mean().item() for name, values in scores.items()}
-    if frechet_encoder is not None:
+    if frechet_encoder is not None and len(images) > 1:
         result["frechet"] = frechet_distance(*map(torch.cat, features))
     if counts.sum():
         utilization, perplexity = codebook_usage(counts)
@@ -850,7 +858,7 @@ def find_images(folder):
         for path in (Path(directory, name) for name in sorted(files) if not name.startswith(".")):
             try:
                 Image.open(path).close()  # reads the header only, so a large folder is listed quickly
-                found.append(path)
+                found.append(str(path))
             except Exception:
                 skipped.append(path)
     if skipped:
@@ -864,7 +872,7 @@ class ImageSet(torch.utils.data.Dataset):
 
     `folder` is one of our sets (index.json and sheets of tiles, held in memory), or any folder of images, flat or with
     one folder per class. A folder with train/ and val/ is split so; of any other every twentieth image, in a fixed
-    random order, is held out. `split` is "train", "val" or "all". `records` has one dict per image.
+    random order, is held out (a single image is both splits). `split` is "train", "val" or "all".
 
     Keys: an int gives the evaluation view (shorter side resized, centre crop), a pair (int, seed) the training view
     (random crop, random flip) that this seed stands for. Every item comes with the names of files found unreadable on
@@ -874,27 +882,29 @@ class ImageSet(torch.utils.data.Dataset):
     def __init__(self, folder, split, size):
         self.folder, self.size, self.unreadable = Path(folder), size, set()
         if not self.folder.is_dir():
-            raise InputError(f"no images at {folder}: the folder does not exist")
-        if (self.folder / "index.json").exists():
-            self.records, self.sources = self.read_sheets(split)
+            raise InputError(f"no images at {folder}: it is not a folder")
+        index = self.folder / "index.json"
+        index = read_json(index) if index.exists() else None
+        self.from_sheets = isinstance(index, dict) and "sheets" in index
+        if self.from_sheets:
+            self.read_sheets(index["sheets"], split)
         else:
-            self.records, self.sources = self.read_folder(split)
+            self.sources = self.find_files(split)
         if not self.sources:
             raise InputError(f"no images at {folder}: the {split} split is empty")
 
-    def read_sheets(self, split):
-        records, tiles = [], []
-        for sheet in read_json(self.folder / "index.json")["sheets"]:
+    def read_sheets(self, sheets, split):
+        self.sources, self.sheet_records = [], []
+        for sheet in sheets:
             canvas, side = np.asarray(read_image(self.folder / sheet["file"])), sheet["tile"]
             columns = canvas.shape[1] // side
             for i, record in enumerate(sheet["images"]):
                 if split in ("all", record["split"]):
                     top, left = i // columns * side, i % columns * side
-                    tiles.append(canvas[top:top + side, left:left + side])
-                    records.append({"style": sheet["style"], **record})
-        return records, tiles
+                    self.sources.append(canvas[top:top + side, left:left + side])
+                    self.sheet_records.append({"style": sheet["style"], **record})
 
-    def read_folder(self, split):
+    def find_files(self, split):
         halves = [self.folder / "train", self.folder / "val"]
         if all(half.is_dir() for half in halves):
             paths = [path for half in halves if split in ("all", half.name) for path in find_images(half)]
@@ -904,7 +914,15 @@ class ImageSet(torch.utils.data.Dataset):
             held_out = set(order[:max(1, len(paths) // 20)].tolist()) if len(paths) > 1 else set()
             if split != "all" and held_out:
                 paths = [path for i, path in enumerate(paths) if (i in held_out) == (split == "val")]
-        return [{"name": str(path.relative_to(self.folder)), "category": path.parent.name} for path in paths], paths
+        return paths
+
+    @property
+    def records(self):
+        """One dict per image: name and category, and for our own sets style, caption and more."""
+        if self.from_sheets:
+            return self.sheet_records
+        return [{"name": os.path.relpath(path, self.folder), "category": Path(path).parent.name}
+                for path in self.sources]
 
     def __len__(self):
         return len(self.sources)
@@ -934,12 +952,15 @@ class ImageSet(torch.utils.data.Dataset):
             image = pixels.hflip(image) if draw[2] < 0.5 else image
         return pixels.pil_to_tensor(pixels.crop(image, top, left, size, size))
 
+    @staticmethod
+    def collate(items):
+        """Items -> images (B, 3, size, size) and the names of unreadable files."""
+        return torch.stack([image for image, _ in items]), [name for _, names in items for name in names]
+
     def batches(self, keys, batch_size, workers=0):
         """Yield the images of the keys, in their order, as uint8 tensors (up to batch_size, 3, size, size)."""
-        def collate(items):
-            return torch.stack([image for image, _ in items]), [name for _, names in items for name in names]
-
-        loader = torch.utils.data.DataLoader(self, batch_size, sampler=keys, num_workers=workers, collate_fn=collate)
+        loader = torch.utils.data.DataLoader(self, batch_size, sampler=keys, num_workers=workers,
+                                             collate_fn=ImageSet.collate)
         for images, unreadable in loader:
             for name in set(unreadable) - self.unreadable:
                 self.unreadable.add(name)
@@ -963,7 +984,7 @@ class TrainingOrder:
             epoch, done = divmod(position, self.count)
             order = np.random.default_rng([self.seed, epoch]).permutation(self.count)
             for index in order[done:].tolist():
-                yield index, self.seed * 2**40 + position
+                yield index, (self.seed * 2**40 + position) % 2**63
                 position += 1
 
 
@@ -975,7 +996,9 @@ def save_pairs(originals, reconstructions, path, columns=6, side=128):
     canvas = Image.new("RGB", size, "#d0d0d0")
     for i, pair in enumerate(zip(originals, reconstructions)):
         for half, image in enumerate(pair):
-            image = pixels.to_pil_image(eight_bits(image.cpu().float())).resize((side, side), Image.NEAREST)
+            image = pixels.to_pil_image(eight_bits(image.cpu().float()))
+            whole = side % image.width == 0  # then every pixel can become a square of pixels
+            image = image.resize((side, side), Image.NEAREST if whole else Image.LANCZOS)
             x = margin + i % columns * (2 * side + gap + margin) + half * (side + gap)
             canvas.paste(image, (x, margin + i // columns * (side + margin)))
     canvas.save(path)
@@ -1030,9 +1053,9 @@ PRESETS = {
         beta_side="commitment",
         perceptual="vfm",
         perceptual_weight=1.1,
-        steps=1800,
+        steps=2000,
         batch_size=16,
-        learning_rate=1e-3,
+        learning_rate=2e-3,
         end_learning_rate=2e-5,
         warmup_steps=100,
         weight_decay=1e-4,

@@ -325,7 +325,7 @@ def main():
     parser.add_argument("--source", type=Path, default=ROOT.parent / "shared/data", help="emoji, clip-art and photos")
     parser.add_argument("--cache", type=Path, default=Path("out/tiny_vit_views"), help="62 KB a view")
     parser.add_argument("--views", type=int, default=120832)
-    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--steps", type=int, default=5000)
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--start", choices=["teacher", "random"], default="teacher", help="where the weights begin")
