@@ -540,6 +540,17 @@ def test_psnr_and_ssim_equal_those_of_scikit_image(height, width, seed, noise):
         assert ours[1][i].item() == pytest.approx(expected, abs=1e-6)
 
 
+def test_a_grid_of_patches_shows_in_the_seam_ratio_and_plain_noise_does_not():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(4, 3, 32, 32, generator=generator)
+    noise = 0.1 * torch.randn(x.shape, generator=generator)
+    offsets = 0.1 * torch.randn(4, 3, 4, 4, generator=generator)  # one wrong tone per patch of 8 x 8
+    ratio = [torch.stack(vqrae.seam_errors(x, x + error, 8)).mean(1) for error in
+             (noise, F.interpolate(offsets, scale_factor=8) + 0.1 * noise)]
+    assert (ratio[0][0] / ratio[0][1]).item() == pytest.approx(1, abs=0.1)
+    assert ratio[1][0] > 10 * ratio[1][1]
+
+
 @given(st.integers(1, 300), seeds)
 def test_perplexity_is_the_number_of_codes_when_all_are_equally_frequent_and_less_otherwise(K, seed):
     utilization, perplexity = vqrae.codebook_usage(torch.full((K,), 7))

@@ -729,6 +729,19 @@ def ssim(x, y, window=11, sigma=1.5):
     return (score / ((mean_x**2 + mean_y**2 + c1) * (var_x + var_y + c2))).mean((1, 2, 3))
 
 
+def seam_errors(x, y, patch_size):
+    """Squared error of the steps between neighbouring pixels of y, at the seams of patches and elsewhere -> (B,), (B,).
+
+    Images x (the truth) and y (B, 3, H, W). Without a visible grid of patches the two are alike.
+    """
+    seams, elsewhere = 0, 0
+    for error in (y - x, (y - x).transpose(-2, -1)):
+        steps = error.diff(dim=-1).pow(2).mean((1, 2))  # (B, W - 1)
+        at_seam = torch.arange(1, steps.shape[1] + 1, device=x.device) % patch_size == 0
+        seams, elsewhere = seams + steps[:, at_seam].mean(1), elsewhere + steps[:, ~at_seam].mean(1)
+    return seams, elsewhere
+
+
 def codebook_usage(counts):
     """How often each code was chosen (K,) -> utilization in [0, 1] and perplexity in [1, K], as floats.
 
@@ -787,11 +800,11 @@ def linear_probe(train_features, train_labels, test_features, test_labels, stren
 def evaluate(model, images, batch_size=64, device="cpu", workers=0, frechet_encoder=None, lpips=None):
     """Reconstruct every image of an ImageSet and return the metrics, averaged over images, as a dict of numbers.
 
-    psnr, ssim; with a codebook also utilization, perplexity and tokens of this one pass. With `frechet_encoder`, the
-    Frechet distance between its mean patch features of originals and reconstructions. With `lpips`, a function of two
-    batches that returns (B,), its mean.
+    psnr, ssim, and seam_ratio, `seam_errors` at seams over those elsewhere (1: no visible grid). With a codebook also
+    utilization, perplexity and tokens of this one pass. With `frechet_encoder`, the Frechet distance between its mean
+    patch features of originals and reconstructions. With `lpips`, a function of two batches that returns (B,), its mean.
     """
-    scores, features = {"psnr": [], "ssim": []}, ([], [])
+    scores, features, seams = {"psnr": [], "ssim": []}, ([], []), []
     counts = torch.zeros(model.config.codebook_size, dtype=torch.int64)
     for batch in images.batches(range(len(images)), batch_size, workers):
         x = batch.to(device).float() / 255
@@ -800,6 +813,7 @@ def evaluate(model, images, batch_size=64, device="cpu", workers=0, frechet_enco
         x = resize_to(x, y)
         scores["psnr"].append(psnr(x, y).cpu())
         scores["ssim"].append(ssim(x, y).cpu())
+        seams.append(torch.stack(seam_errors(x, y, model.config.output_patch_size)).cpu())
         if lpips is not None:
             scores.setdefault("lpips", []).append(lpips(x, y).cpu())
         if frechet_encoder is not None:
@@ -809,6 +823,8 @@ def evaluate(model, images, batch_size=64, device="cpu", workers=0, frechet_enco
         if out.indices is not None:
             counts += torch.bincount(out.indices.flatten().cpu(), minlength=len(counts))
     result = {name: torch.cat(values).double().mean().item() for name, values in scores.items()}
+    across, elsewhere = torch.cat(seams, dim=1).double().mean(1)
+    result["seam_ratio"] = (across / elsewhere.clamp(min=1e-12)).item()
     if frechet_encoder is not None and len(images) > 1:
         result["frechet"] = frechet_distance(*map(torch.cat, features))
     if counts.sum():
