@@ -802,7 +802,7 @@ def evaluate(model, images, batch_size=64, device="cpu", workers=0, frechet_enco
 
     psnr, ssim, and seam_ratio, `seam_errors` at seams over those elsewhere (1: no visible grid). With a codebook also
     utilization, perplexity and tokens of this one pass. With `frechet_encoder`, the Frechet distance between its mean
-    patch features of originals and reconstructions. With `lpips`, a function of two batches that returns (B,), its mean.
+    patch features of originals and reconstructions. With `lpips`, a function of two batches -> (B,), its mean.
     """
     scores, features, seams = {"psnr": [], "ssim": []}, ([], []), []
     counts = torch.zeros(model.config.codebook_size, dtype=torch.int64)
@@ -824,7 +824,8 @@ def evaluate(model, images, batch_size=64, device="cpu", workers=0, frechet_enco
             counts += torch.bincount(out.indices.flatten().cpu(), minlength=len(counts))
     result = {name: torch.cat(values).double().mean().item() for name, values in scores.items()}
     across, elsewhere = torch.cat(seams, dim=1).double().mean(1)
-    result["seam_ratio"] = (across / elsewhere.clamp(min=1e-12)).item()
+    if (across / elsewhere).isfinite():  # there are seams and there is an elsewhere
+        result["seam_ratio"] = (across / elsewhere).item()
     if frechet_encoder is not None and len(images) > 1:
         result["frechet"] = frechet_distance(*map(torch.cat, features))
     if counts.sum():
