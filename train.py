@@ -370,7 +370,7 @@ def train(run):
 
     keys = vqrae.TrainingOrder(len(run.train_images), args.seed, run.done * config.batch_size)
     batches = iter(run.train_images.batches(keys, config.batch_size, run.workers))
-    bar = tqdm(total=config.steps, initial=run.done, desc="stage 1", unit="step", dynamic_ncols=True)
+    bar = tqdm(total=config.steps, initial=run.done, desc="stage 1", unit="step", dynamic_ncols=True, mininterval=1)
     timed_steps, timer, saved = 0, time.time(), run.done
     with stop_signals() as stopped:
         while run.done < config.steps and not stopped:
