@@ -380,17 +380,18 @@ def start_codebook(quantizer, z, steps=6, generator=None):
         nn.init.eye_(quantizer.W.weight)
         nn.init.zeros_(quantizer.W.bias)
     quantizer.codebook.copy_(z[torch.randperm(len(z), generator=generator)[:K].to(z.device)])
-    for step in range(steps):
+    for step in range(steps + 10):
         indices = quantizer.search(z)  # (n,)
         counts = torch.bincount(indices, minlength=K)  # (K,)
+        if step >= steps and counts.min() >= min(2, len(z) // K):
+            break  # every code has work, the ones drawn in the last round included
         error = (z - quantizer.codebook[indices]).pow(2).sum(1)  # (n,)
         sums = torch.zeros_like(quantizer.codebook).index_add_(0, indices, z)  # (K, e)
         centres = sums / counts.clamp(min=1)[:, None]  # (K, e)
         # Half of an emoji is one blank background token, whose copies leave most of their codes without any token; and
         # a code that serves a single odd token is lost once features move. Codes with little to do start again at
-        # tokens that are badly served, drawn by squared distance; in the last round only those without any.
-        least = 0.5 * len(z) / K if step < steps - 1 else 1
-        weak = counts < least
+        # tokens that are badly served, drawn by squared distance.
+        weak = counts < (0.25 * len(z) / K if step < steps else 2)
         if weak.any():
             chosen = torch.multinomial(error.cpu().double() + 1e-12, int(weak.sum()), generator=generator)
             centres[weak] = z[chosen.to(z.device)]
@@ -473,8 +474,6 @@ class Output:
 class VQRAE(nn.Module):
     """Representation-quantization autoencoder: one encoder, continuous features and discrete tokens."""
 
-    FEATURES = 0.2  # share of the features in the distance that `start_projections` makes
-
     def __init__(self, config):
         super().__init__()
         self.config = config
@@ -543,23 +542,19 @@ class VQRAE(nn.Module):
             start_codebook(self.quantizer, self.project_in(self.standardise(features)), generator=generator)
 
     def start_projections(self, features, patches, generator):
-        """`--projection-init pixels`: let distances between two z count features and the pixels that they tell of.
+        """`--projection-init pixels`: a distance between two z is half one of features, half one of what they tell.
 
-        The nearest code is the one that loses least in this distance. A distance among semantic features alone spends
-        codes on what no pixel shows, and leaves neighbouring patches with visibly different tones. So, of the variance
-        of z, FEATURES goes to the features, and the rest half to the pixels of the token's own patch and half to their
-        mean colour, both as far as features tell them by least squares. The way out starts as the inverse of the way
-        in, so that the decoder meets features from step 0 on.
+        The nearest code is the one that loses least in this distance, and a distance among semantic features alone
+        spends codes on what no pixel shows. What features tell of the pixels of their own patch is read off by least
+        squares. The way out starts as the inverse of the way in, so that the decoder meets features from step 0 on.
         """
         features, patches = features.cpu(), patches.cpu()  # the one device that has all the solvers
-        n, d, e = *features.shape, self.config.codebook_dim
-        gram = features.T @ features + 1e-3 * n * torch.eye(d)  # (d, d), with a ridge
-        parts = [math.sqrt(self.FEATURES) * torch.eye(d)]
-        for target in (patches, patches.view(n, 3, -1).mean(2)):  # (n, 3*p*p), (n, 3)
-            told = torch.linalg.solve(gram, features.T @ (target - target.mean(0)))  # (d, 3*p*p), (d, 3)
-            told = told * (d / (features @ told).pow(2).sum(1).mean()).sqrt()  # as much variance as the features have
-            parts.append(math.sqrt((1 - self.FEATURES) / 2) * told.T)
-        _, scale, directions = torch.linalg.svd(torch.cat(parts), full_matrices=False)  # (d,), (d, d)
+        d, e = features.shape[1], self.config.codebook_dim
+        ridge = 1e-3 * len(features) * torch.eye(d)
+        told = torch.linalg.solve(features.T @ features + ridge, features.T @ (patches - patches.mean(0)))  # (d, 3*p*p)
+        told = told * (d / (features @ told).pow(2).sum(1).mean()).sqrt()  # as much variance as the features have
+        both = torch.cat([torch.eye(d), told.T]) / math.sqrt(2)  # (d + 3*p*p, d)
+        _, scale, directions = torch.linalg.svd(both, full_matrices=False)  # (d,), (d, d)
         rank = min(d, e)  # with fewer dimensions than the encoder's, the weightiest directions stay
         isometry = nn.init.orthogonal_(torch.empty(e, rank), generator=generator)
         self.project_in.weight.copy_(isometry * scale[:rank] @ directions[:rank])  # (e, d)
@@ -1076,7 +1071,7 @@ PRESETS = {
         beta_side="commitment",
         perceptual="vfm",
         perceptual_weight=1.1,
-        steps=2000,
+        steps=1500,
         batch_size=16,
         learning_rate=2e-3,
         end_learning_rate=2e-5,
