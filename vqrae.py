@@ -383,18 +383,18 @@ def start_codebook(quantizer, z, steps=6, generator=None):
     for step in range(steps + 10):
         indices = quantizer.search(z)  # (n,)
         counts = torch.bincount(indices, minlength=K)  # (K,)
-        few = 0.25 * len(z) / K if step < steps else min(2, len(z) // K)
+        few = 0.25 * len(z) / K
         if step >= steps and counts.min() >= few:
-            break  # every code has work, the ones drawn in the last round included
-        error = (z - quantizer.codebook[indices]).pow(2).sum(1)  # (n,)
+            break  # every code has enough to do, the ones drawn in the last round included
+        distance = (z - quantizer.codebook[indices]).norm(dim=1)  # (n,)
         sums = torch.zeros_like(quantizer.codebook).index_add_(0, indices, z)  # (K, e)
         centres = sums / counts.clamp(min=1)[:, None]  # (K, e)
         # Half of an emoji is one blank background token, whose copies leave most of their codes without any token; and
         # a code that serves a single odd token is lost once features move. Codes with little to do start again at
-        # tokens that are badly served, drawn by squared distance.
+        # tokens that are badly served, drawn by their distance.
         weak = counts < few
         if weak.any():
-            chosen = torch.multinomial(error.cpu().double() + 1e-12, int(weak.sum()), generator=generator)
+            chosen = torch.multinomial(distance.cpu().double() + 1e-12, int(weak.sum()), generator=generator)
             centres[weak] = z[chosen.to(z.device)]
         quantizer.codebook.copy_(centres)
 
