@@ -499,14 +499,18 @@ class VQRAE(nn.Module):
         """Features (B, N, d) with zero mean and unit variance per channel over the training images."""
         return (features - self.feature_mean) / self.feature_std
 
+    def project_features(self, features):
+        """Features Z_I (B, N, d) -> Z^_c (B, N, e), in fp32: rounded to bf16, z would choose other codes."""
+        with torch.autocast(features.device.type, enabled=False):
+            return self.project_in(self.standardise(features.float()))
+
     def grid(self, images):
         """Rows and columns of tokens of images (B, 3, H, W)."""
         return images.shape[-2] // self.config.encoder.patch_size, images.shape[-1] // self.config.encoder.patch_size
 
     def forward(self, images):
         features = self.encoder(images)  # Z_I (B, N, d)
-        with torch.autocast(images.device.type, enabled=False):  # rounded to bf16, z would choose other codes
-            z = self.project_in(self.standardise(features.float()))  # Z^_c (B, N, e)
+        z = self.project_features(features)  # Z^_c (B, N, e)
         z_q, indices, codebook_loss, commitment_loss = self.quantizer(z)  # Z_q (B, N, e), (B, N)
         bottleneck = self.project_out(z_q)  # Z_bot (B, N, d)
         reconstruction = self.decoder(bottleneck, *self.grid(images))  # X' (B, 3, H*q/p, W*q/p)
@@ -516,7 +520,7 @@ class VQRAE(nn.Module):
     def encode(self, images):
         """Images (B, 3, H, W) in [0, 1] -> features (B, N, d), codes (B, N) int64 (None without a codebook)."""
         features = self.encoder(images)  # (B, N, d)
-        _, indices, _, _ = self.quantizer(self.project_in(self.standardise(features)))  # (B, N)
+        _, indices, _, _ = self.quantizer(self.project_features(features))  # (B, N)
         return features, indices
 
     @torch.no_grad()
@@ -540,7 +544,7 @@ class VQRAE(nn.Module):
         if projection_init == "pixels":
             self.start_projections(self.standardise(features), patches, generator)
         if codebook_init == "data" and not isinstance(self.quantizer, NoQuantizer):
-            start_codebook(self.quantizer, self.project_in(self.standardise(features)), generator=generator)
+            start_codebook(self.quantizer, self.project_features(features), generator=generator)
 
     def start_projections(self, features, patches, generator):
         """`--projection-init pixels`: a distance between two z is half one of features, half one of what they tell.
