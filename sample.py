@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw
 from torchvision.transforms import functional as pixels
 
 import vqrae
-from train import choose_device, one_sentence_errors, positive
+from train import above, choose_device, one_sentence_errors
 from vqrae import InputError
 
 
@@ -113,7 +113,7 @@ def parse_args(argv=None):
         sub = commands.add_parser(command.__name__, help=command.__doc__, description=command.__doc__)
         sub.set_defaults(function=command)
         sub.add_argument("--model", type=Path, default=Path("out/stage1"), help="folder that train.py wrote")
-        sub.add_argument("--image-size", type=positive(int), help="side in pixels (default: the model's)")
+        sub.add_argument("--image-size", type=above(int, 1), help="side in pixels (default: the model's)")
         sub.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
         if command is not evaluate:
             sub.add_argument("--out", type=Path, default=Path("out/pictures"), help="folder for the pictures")
@@ -122,13 +122,13 @@ def parse_args(argv=None):
             continue
         sub.add_argument("--data", default=str(vqrae.ROOT / "data/emoji"), help="folder of images (default: the emoji)")
         sub.add_argument("--split", choices=["val", "train", "all"], default="val", help="val: the held-out images")
-        sub.add_argument("--batch-size", type=positive(int), default=64)
+        sub.add_argument("--batch-size", type=above(int, 1), default=64)
         if command is evaluate:
             sub.add_argument("--frechet-encoder", default=str(vqrae.ROOT / "data/tiny_vit"),
                              help="whose mean patch features the Frechet distance compares; it is named after it")
         if command is codes:
-            sub.add_argument("--codes", type=positive(int), default=16, help="how many codes to draw")
-            sub.add_argument("--patches", type=positive(int), default=16, help="how many patches of each")
+            sub.add_argument("--codes", type=above(int, 1), default=16, help="how many codes to draw")
+            sub.add_argument("--patches", type=above(int, 1), default=16, help="how many patches of each")
     return parser.parse_args(argv)
 
 

@@ -3,6 +3,7 @@
     python train.py --stage 1                      # the shipped encoder and emoji, a laptop, a few minutes
     python train.py --stage 1 --data my/photos     # any folder of images
     python train.py --stage 1 --resume             # go on after an interruption, bit for bit
+    python train.py --stage 2 --init out/stage1    # unfreeze the encoder, under self-distillation
 
 Leaves in --out: config.json + model.safetensors (averaged weights, what sample.py reads), metrics.jsonl, summary.json,
 curves.png, reconstructions.png, and checkpoint/ (what --resume needs).
@@ -10,6 +11,7 @@ curves.png, reconstructions.png, and checkpoint/ (what --resume needs).
 
 import argparse
 import copy
+import hashlib
 import json
 import math
 import os
@@ -17,7 +19,7 @@ import signal
 import sys
 import time
 from contextlib import contextmanager
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import torch
@@ -31,66 +33,58 @@ START_TOKENS = 65536  # features that the codebook's start looks at, and four to
 SHOWN = 24  # pairs in reconstructions.png
 
 
-def positive(kind):
-    """An argparse type: an int or a float above 0."""
+def above(kind, lowest):
+    """An argparse type: a finite int or float, `lowest` or more."""
     def parse(text):
         value = kind(text)
-        if not 0 < value < math.inf:
+        if not lowest <= value < math.inf:
             raise ValueError
         return value
 
-    parse.__name__ = f"positive {kind.__name__}"  # argparse's message says: invalid positive int value: '0'
+    parse.__name__ = f"{kind.__name__} from {lowest} up"  # argparse says: invalid int from 1 up value: '0'
     return parse
-
-
-def counting(text):
-    """An argparse type: an int of 0 or more."""
-    if int(text) < 0:
-        raise ValueError
-    return int(text)
 
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--stage", choices=["1"], required=True, help="1: frozen encoder, train codebook and decoder")
+    add("--stage", choices=["1", "2"], required=True,
+        help="1: frozen encoder, train codebook and decoder; 2: train the encoder too, from a model of stage 1")
+    add("--init", type=Path, help="stage 2: the model of stage 1 to start from (default: out/stage1)")
     add("--preset", choices=list(vqrae.PRESETS), default="tiny", help="the settings that the flags below change")
-    add("--out", type=Path, default=None, help="folder for everything the run writes (default: out/stage1)")
-    add("--data", help="folder of images, flat or one folder per class (default: the shipped emoji)")
-    add("--encoder", help="DINOv2 checkpoint: a folder in the hub's layout or a hub id")
-    add("--image-size", type=positive(int), help="side of the training images in pixels")
-    add("--output-patch-size", type=positive(int), help="q, side of a token's patch of output (default: p)")
-    add("--quantizer", choices=list(vqrae.QUANTIZERS), help="simvq: the paper's; vq: plain; none: continuous")
-    add("--codebook-size", type=positive(int), help="number of codes, K")
-    add("--codebook-dim", type=positive(int), help="width of a code, e")
-    add("--codebook-init", choices=["data", "gaussian"], help="data: k-means of features; gaussian: the SimVQ authors'")
-    add("--projection-init", choices=["pixels", "random"], help="pixels: distances that count pixels; random: torch's")
-    add("--beta-side", choices=["commitment", "codebook"], help="which term of Eq. 3 the 0.25 weighs")
-    add("--perceptual", choices=["vfm", "lpips-convnext", "none"],
-        help="vfm: the encoder's own features; lpips-convnext: the paper's networks, fetched on first use")
-    add("--perceptual-weight", type=float, help="weight of the perceptual loss (paper: 1.1)")
-    add("--steps", type=positive(int), help="training steps")
-    add("--batch-size", type=positive(int), help="images a step")
-    add("--learning-rate", type=positive(float), help="at its highest, after the warm-up")
-    add("--seed", type=counting, default=0, help="of weights, order and crops: the same seed gives the same run")
+    for field in fields(vqrae.TrainingConfig):
+        if "help" in field.metadata:
+            kind = field.type if field.type in (str, float) else int
+            kind = {str: str, float: above(float, 0), int: above(int, 0 if "start" in field.name else 1)}[kind]
+            add(f"--{field.name.replace('_', '-')}", type=kind, **field.metadata)
+    add("--seed", type=above(int, 0), default=0, help="of weights, order and crops: the same seed gives the same run")
+    add("--out", type=Path, default=None, help="folder for everything the run writes (default: out/stage1, out/stage2)")
     add("--resume", action="store_true", help="continue the run in --out from its last checkpoint")
     add("--overwrite", action="store_true", help="start anew in an --out that already holds a run")
-    add("--checkpoint-every", type=positive(int), default=200, metavar="N", help="steps between checkpoints")
-    add("--log-every", type=positive(int), default=50, metavar="N", help="steps between lines of metrics.jsonl")
-    add("--evaluate-every", type=positive(int), default=600, metavar="N", help="steps between held-out evaluations")
-    add("--workers", type=counting, default=None, help="processes that read images (default: 0 for shipped data)")
+    add("--checkpoint-every", type=above(int, 1), default=200, metavar="N", help="steps between checkpoints")
+    add("--log-every", type=above(int, 1), default=50, metavar="N", help="steps between lines of metrics.jsonl")
+    add("--evaluate-every", type=above(int, 1), default=600, metavar="N", help="steps between held-out evaluations")
+    add("--workers", type=above(int, 0), default=None, help="processes that read images (default: 0 for shipped data)")
     add("--device", default="auto", help="auto, cuda, mps or cpu")
     add("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="auto: bf16 where the device has it")
     add("--compile", action="store_true", help="torch.compile: slower to start, faster steps")
     add("--benchmark", action="store_true", help="time steady steps, print one JSON line, write nothing")
     add("--print-config", action="store_true", help="print all settings as JSON and stop")
     args = parser.parse_args(argv)
-    args.out = args.out or Path("out/stage1")
-    config = copy.copy(vqrae.PRESETS[args.preset])
-    for field in fields(config):
-        if getattr(args, field.name, None) is not None:
-            setattr(config, field.name, getattr(args, field.name))
-    return args, config
+    args.out = args.out or Path(f"out/stage{args.stage}")
+    return args
+
+
+def settings_for(args, stage):
+    """The preset's TrainingConfig of a stage, changed by the flags that were given; InputError for the other stage's."""
+    if stage == "1" and args.init:
+        raise InputError("--init is for --stage 2; stage 1 starts from --encoder")
+    given = {field.name: getattr(args, field.name) for field in fields(vqrae.TrainingConfig)
+             if getattr(args, field.name, None) is not None}
+    for name in vqrae.FIXED_BY_STAGE_1 if stage == "2" else ():
+        if name in given:
+            raise InputError(f"--{name.replace('_', '-')} is fixed by the model that stage 2 starts from, --init")
+    return replace(vqrae.PRESETS[args.preset][stage], **given)
 
 
 def choose_device(name):
@@ -115,18 +109,54 @@ def multiplies_bf16(device):
 
 
 class Run:
-    """Everything of a training run that lives longer than a step: model, average, optimizer, data, counters."""
+    """Everything of a training run that lives longer than a step: model, average, optimizers, data, counters."""
 
     def __init__(self, args, config):
         self.args, self.config = args, config
         self.device = choose_device(args.device)
         self.bf16 = args.precision == "bf16" or args.precision == "auto" and multiplies_bf16(self.device)
         torch.manual_seed(args.seed)
+        if args.stage == "1":
+            self.model = self.new_model()
+        else:
+            self.model = vqrae.VQRAE.from_pretrained(args.init or "out/stage1")
+            for name in vqrae.FIXED_BY_STAGE_1:
+                setattr(config, name, getattr(self.model.config, name, None))
+            weights = Path(args.init or "out/stage1", "model.safetensors").read_bytes()
+            self.init_digest = hashlib.sha256(weights).hexdigest()
         self.train_images = vqrae.ImageSet(config.data, "train", config.image_size)
         self.val_images = vqrae.ImageSet(config.data, "val", config.image_size)
         workers = 0 if self.train_images.from_sheets else min(4, os.cpu_count() or 1)
         self.workers = workers if args.workers is None else args.workers
-        encoder = vqrae.load_encoder(config.encoder)
+
+        # The teacher T is the encoder as it is now. As long as the encoder is frozen they are one.
+        encoder_trains = config.encoder_learning_rate > 0
+        self.teacher = copy.deepcopy(self.model.encoder) if encoder_trains else self.model.encoder
+        self.teacher.eval().requires_grad_(False).to(self.device)
+        self.model.encoder.requires_grad_(encoder_trains)
+        self.distils = encoder_trains and config.distillation_weight > 0
+        self.model.to(self.device)
+        self.perceptual = {"vfm": lambda: vqrae.VFMPerceptual(self.teacher), "lpips-convnext": vqrae.PaperPerceptual,
+                           "none": lambda: None}[config.perceptual]()
+        if config.perceptual == "lpips-convnext":
+            self.perceptual.to(self.device)
+
+        self.optimizer = self.adamw(self.model, config.learning_rate)
+        self.trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.discriminator = None
+        if config.adversarial_weight > 0:
+            if config.discriminator_width % 32:
+                raise InputError(f"--discriminator-width {config.discriminator_width} is not a multiple of 32")
+            self.discriminator = vqrae.Discriminator(config.discriminator_width).to(self.device)
+            self.discriminator_optimizer = self.adamw(self.discriminator, config.discriminator_learning_rate)
+        self.average = copy.deepcopy(self.model).eval()  # the exponential moving average: evaluated and exported
+        self.fast_model = torch.compile(self.model) if args.compile else self.model
+        self.done, self.seconds = 0, 0.0
+        self.reset_window()
+
+    def new_model(self):
+        """An untrained VQRAE around the pretrained encoder; InputError when the sizes do not fit together."""
+        config, encoder = self.config, vqrae.load_encoder(self.config.encoder)
         p = encoder.config.patch_size
         q = config.output_patch_size or p
         if config.image_size % p or config.image_size < 2 * p:
@@ -135,38 +165,35 @@ class Run:
         if config.image_size * q // p < max(11, 2 * p):
             raise InputError(f"images of {config.image_size * q // p} pixels would come out; SSIM needs 11 and the "
                              f"perceptual loss {2 * p}: choose a larger --image-size or --output-patch-size")
-        self.model = vqrae.VQRAE(vqrae.VQRAEConfig(
+        model = vqrae.VQRAE(vqrae.VQRAEConfig(
             encoder=encoder.config, image_size=config.image_size, output_patch_size=q,
-            codebook_size=config.codebook_size,
-            codebook_dim=config.codebook_dim, quantizer=config.quantizer, beta_side=config.beta_side))
-        self.model.encoder = encoder.requires_grad_(False)  # stage 1: the encoder is frozen
-        self.model.to(self.device)
-        self.perceptual = {"vfm": lambda: vqrae.VFMPerceptual(encoder), "lpips-convnext": vqrae.PaperPerceptual,
-                           "none": lambda: None}[config.perceptual]()
-        if config.perceptual == "lpips-convnext":
-            self.perceptual.to(self.device)
-        self.trained = [p for p in self.model.parameters() if p.requires_grad]
-        # No decay for vectors, nor for codes and W: TiTok's rule exempts embeddings, and W stands for one.
-        decayed, others = [], []
-        for name, parameter in self.model.named_parameters():
+            codebook_size=config.codebook_size, codebook_dim=config.codebook_dim, quantizer=config.quantizer,
+            beta_side=config.beta_side))
+        model.encoder = encoder
+        return model
+
+    def adamw(self, module, learning_rate):
+        """AdamW for what a module trains: the encoder at its own rate, and no decay for vectors and embeddings."""
+        groups = {}
+        for name, parameter in module.named_parameters():
             if parameter.requires_grad:
-                matrix = parameter.dim() >= 2 and not name.startswith("quantizer.")
-                (decayed if matrix else others).append(parameter)
-        self.optimizer = torch.optim.AdamW(
-            [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}],
-            lr=config.learning_rate, betas=config.betas)
-        self.average = copy.deepcopy(self.model).eval()  # the exponential moving average: evaluated and exported
-        self.fast_model = torch.compile(self.model) if args.compile else self.model
-        self.done, self.seconds = 0, 0.0
-        self.reset_window()
+                # TiTok's rule exempts embeddings, and W stands for one.
+                matrix = parameter.dim() >= 2 and not name.startswith(("quantizer.", "encoder.positions",
+                                                                       "encoder.cls_token"))
+                rate = self.config.encoder_learning_rate if name.startswith("encoder.") else learning_rate
+                groups.setdefault((rate, self.config.weight_decay if matrix else 0.0), []).append(parameter)
+        return torch.optim.AdamW([{"params": parameters, "lr": rate, "peak": rate, "weight_decay": decay}
+                                  for (rate, decay), parameters in groups.items()], betas=self.config.betas)
 
     def reset_window(self):
         """Forget the sums since the last log line."""
-        self.window, self.window_steps = {}, 0
+        self.window = {}
         self.counts = torch.zeros(self.config.codebook_size, dtype=torch.int64, device=self.device)
 
     def start(self):
-        """Before step 0: show the model training features, so that it can standardise them and place its codes."""
+        """Before step 0 of stage 1: show the model training features, to standardise them and to place its codes."""
+        if self.args.stage == "2":
+            return  # the model of stage 1 has done so
         keys = vqrae.TrainingOrder(len(self.train_images), self.args.seed, start=0)
         wanted, features, patches = max(START_TOKENS, 4 * self.config.codebook_size), [], []
         p = self.model.config.encoder.patch_size
@@ -183,59 +210,79 @@ class Run:
                          self.config.projection_init, generator)
         self.average.load_state_dict(self.model.state_dict())
 
-    def learning_rate(self, step):
-        """Linear warm-up, then cosine down to the end rate (Table 7)."""
-        config = self.config
-        warmup = min(config.warmup_steps, max(1, config.steps // 2))
+    def schedule(self, step, start=0):
+        """Share of its highest learning rate that a part has which sets in at `start`: linear warm-up, then cosine.
+
+        Table 7 writes one end rate for all parts; the code it adapts scales each by the same factor, and so does this.
+        """
+        config, step, steps = self.config, step - start, self.config.steps - start
+        warmup = min(config.warmup_steps, max(1, steps // 2))
         if step < warmup:
-            return config.learning_rate * (step + 1) / warmup
-        progress = (step - warmup) / max(1, config.steps - warmup)
-        half_cosine = 0.5 * (1 + math.cos(math.pi * progress))
-        return config.end_learning_rate + (config.learning_rate - config.end_learning_rate) * half_cosine
+            return (step + 1) / warmup
+        progress = (step - warmup) / max(1, steps - warmup)
+        return config.end_factor + (1 - config.end_factor) * 0.5 * (1 + math.cos(math.pi * progress))
 
     def step(self, batch):
         """One update on a batch of uint8 images; InputError, before anything changes, when the loss is not finite."""
-        images = batch.to(self.device).float() / 255
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate(self.done)
+        config, images = self.config, batch.to(self.device).float() / 255
         generator = torch.Generator().manual_seed((self.args.seed * 2**40 + self.done) % 2**63)
+        adversarial = self.discriminator is not None and self.done >= config.discriminator_start
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             out = self.fast_model(images)
-            loss, terms = vqrae.stage1_loss(images, out, self.perceptual, self.config.perceptual_weight, generator)
+            with torch.no_grad():
+                teacher_features = self.teacher(images) if self.distils else None
+            loss, terms = vqrae.stage2_loss(
+                images, out, self.perceptual, config.perceptual_weight, generator, teacher_features,
+                config.distillation_weight, self.discriminator if adversarial else None, config.adversarial_weight)
+        terms = {"loss": loss, **terms}
         self.optimizer.zero_grad()
         loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.trained, self.config.max_grad_norm)
-        if not torch.isfinite(loss + norm):
-            raise InputError(f"the loss is {loss.item()} and its gradient {norm.item()} at step {self.done}; the last "
-                             f"good checkpoint is kept, and a lower --learning-rate may help")
-        self.optimizer.step()
+        terms["grad_norm"] = nn.utils.clip_grad_norm_(self.trained, config.max_grad_norm)
+        reconstruction = out.reconstruction.detach().float()
+        target = vqrae.resize_to(images, reconstruction)
+        if adversarial:
+            self.discriminator_optimizer.zero_grad()
+            discriminator_loss, logits = self.discriminator.loss(target, reconstruction)
+            discriminator_loss.backward()
+            norm = nn.utils.clip_grad_norm_(self.discriminator.parameters(), config.max_grad_norm)
+            terms.update(discriminator_loss=discriminator_loss, discriminator_grad_norm=norm, **logits)
+        if not torch.isfinite(torch.stack([value.detach() for value in terms.values()])).all():
+            bad = ", ".join(f"{name} {value.item():.4g}" for name, value in terms.items())
+            raise InputError(f"the loss or its gradient is not finite at step {self.done} ({bad}); the last good "
+                             f"checkpoint is kept, and a lower --learning-rate may help")
+        optimizers = [(self.optimizer, 0)]
+        if adversarial:
+            optimizers.append((self.discriminator_optimizer, config.discriminator_start))
+        for optimizer, start in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * self.schedule(self.done, start)
+            optimizer.step()
         self.done += 1
-        self.window_steps += 1
-        decay = min(self.config.ema_decay, (1 + self.done) / (10 + self.done))  # short at first, to forget the start
+        decay = min(config.ema_decay, (1 + self.done) / (10 + self.done))  # short at first, to forget the start
         with torch.no_grad():
             averaged = [p for p, q in zip(self.average.parameters(), self.model.parameters()) if q.requires_grad]
             torch._foreach_lerp_(averaged, self.trained, 1 - decay)
-            y = out.reconstruction.float().clamp(0, 1)
-            terms = {"loss": loss, **terms, "train_psnr": vqrae.psnr(vqrae.resize_to(images, y), y).mean(),
-                     "z_norm": out.z.norm(dim=-1).mean(), "code_norm": out.z_q.norm(dim=-1).mean(), "grad_norm": norm}
+            terms.update(train_psnr=vqrae.psnr(target, reconstruction.clamp(0, 1)).mean(),
+                         z_norm=out.z.norm(dim=-1).mean(), code_norm=out.z_q.norm(dim=-1).mean())
             for name, value in terms.items():  # stays on the device: reading a value would wait for it
-                self.window[name] = self.window.get(name, 0.0) + value.detach()
+                total, count = self.window.get(name, (0.0, 0))
+                self.window[name] = (total + value.detach(), count + 1)
             if out.indices is not None:
                 self.counts += torch.bincount(out.indices.flatten(), minlength=len(self.counts))
 
     def log(self, images_per_second):
         """The means since the last log line, as one object of metrics.jsonl."""
         utilization, perplexity = vqrae.codebook_usage(self.counts)
-        line = {"step": self.done, **{name: value.item() / self.window_steps for name, value in self.window.items()},
+        line = {"step": self.done, **{name: total.item() / count for name, (total, count) in self.window.items()},
                 "lr": self.optimizer.param_groups[0]["lr"], "images_per_second": images_per_second}
         if self.counts.sum():
             line.update(train_utilization=utilization, train_perplexity=perplexity)
         self.reset_window()
         return line
 
-    def evaluate(self):
+    def evaluate(self, **options):
         """Metrics of the averaged model on the held-out images, each name with "val_" before it."""
-        result = vqrae.evaluate(self.average, self.val_images, 64, self.device, self.workers)
+        result = vqrae.evaluate(self.average, self.val_images, 64, self.device, self.workers, **options)
         return {f"val_{name}": value for name, value in result.items()}
 
     # --- checkpoints: one file, replaced in one step ---
@@ -247,7 +294,10 @@ class Run:
     def settings(self):
         """What must not change between the parts of a run, as plain values; folders may move."""
         config = {name: value for name, value in asdict(self.config).items() if name not in ("data", "encoder")}
-        return json.loads(json.dumps({"seed": self.args.seed, "precision": "bf16" if self.bf16 else "fp32",
+        if self.args.stage == "2":
+            config["model of --init (SHA-256)"] = self.init_digest
+        return json.loads(json.dumps({"stage": self.args.stage, "seed": self.args.seed,
+                                      "precision": "bf16" if self.bf16 else "fp32",
                                       "training images": len(self.train_images),
                                       "encoder": asdict(self.model.config.encoder), **config}))
 
@@ -255,9 +305,12 @@ class Run:
         """Write the checkpoint beside the old one, then put it in the old one's place."""
         self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
         state = {"settings": self.settings(), "done": self.done, "seconds": self.seconds, "window": self.window,
-                 "window_steps": self.window_steps, "counts": self.counts,
+                 "counts": self.counts,
                  "model": self.model.state_dict(), "average": self.average.state_dict(),
                  "optimizer": self.optimizer.state_dict(), "rng": torch.get_rng_state()}
+        if self.discriminator is not None:
+            state["discriminator"] = self.discriminator.state_dict()
+            state["discriminator_optimizer"] = self.discriminator_optimizer.state_dict()
         if self.device.type == "cuda":
             state["cuda_rng"] = torch.cuda.get_rng_state()
         part = self.checkpoint.with_suffix(".tmp")
@@ -285,8 +338,11 @@ class Run:
         self.model.load_state_dict(state["model"])
         self.average.load_state_dict(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.done, self.seconds, self.window_steps = state["done"], state["seconds"], state["window_steps"]
-        self.window = {name: value.to(self.device) for name, value in state["window"].items()}
+        if self.discriminator is not None:
+            self.discriminator.load_state_dict(state["discriminator"])
+            self.discriminator_optimizer.load_state_dict(state["discriminator_optimizer"])
+        self.done, self.seconds = state["done"], state["seconds"]
+        self.window = {name: (total.to(self.device), count) for name, (total, count) in state["window"].items()}
         self.counts = state["counts"].to(self.device)
         torch.set_rng_state(state["rng"])
         if "cuda_rng" in state and self.device.type == "cuda":
@@ -320,9 +376,11 @@ def draw_curves(lines, path):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    panels = {"loss terms": ["loss", "mse", "perceptual", "codebook", "commitment"],
+    panels = {"loss terms": ["loss", "mse", "perceptual", "codebook", "commitment", "distillation"],
               "PSNR, dB": ["train_psnr", "val_psnr"], "utilization": ["train_utilization", "val_utilization"],
               "perplexity": ["train_perplexity", "val_perplexity"], "norms": ["z_norm", "code_norm"]}
+    if any("real_logit" in line for line in lines):
+        panels["discriminator"] = ["hinge", "real_logit", "fake_logit"]
     figure, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 3.2))
     for axis, (title, names) in zip(axes, panels.items()):
         for name in names:
@@ -370,7 +428,7 @@ def train(run):
 
     keys = vqrae.TrainingOrder(len(run.train_images), args.seed, run.done * config.batch_size)
     batches = iter(run.train_images.batches(keys, config.batch_size, run.workers))
-    bar = tqdm(total=config.steps, initial=run.done, desc="stage 1", unit="step", dynamic_ncols=True, mininterval=1)
+    bar = tqdm(total=config.steps, initial=run.done, desc=f"stage {args.stage}", unit="step", dynamic_ncols=True, mininterval=1)
     timed_steps, timer, saved = 0, time.time(), run.done
     with stop_signals() as stopped:
         while run.done < config.steps and not stopped:
@@ -428,7 +486,7 @@ def finish(run, lines, earlier, begin):
     """Final evaluation of the averaged weights; write the model, summary.json and the pictures."""
     config, out = run.config, run.args.out
     run.average.save_pretrained(out)
-    summary = run.evaluate()
+    summary = run.evaluate(frechet_encoder=run.teacher)
     lines[-1].update(summary)
     replace_text(out / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
     if config.quantizer != "none":
@@ -439,11 +497,9 @@ def finish(run, lines, earlier, begin):
     draw_reconstructions(run)
     seconds = earlier + time.time() - begin
     steady = [line["images_per_second"] for line in lines[1:] or lines]  # the first line has torch's warm-up in it
-    settings = ("quantizer", "codebook_size", "codebook_dim", "codebook_init", "projection_init", "perceptual",
-                "batch_size")
-    summary.update(seconds=seconds, images_per_second=sum(steady) / len(steady), steps=run.done, seed=run.args.seed,
-                   preset=run.args.preset, precision="bf16" if run.bf16 else "fp32", device=run.device.type,
-                   **{name: getattr(config, name) for name in settings})
+    settings = {name: value for name, value in run.settings().items() if name != "encoder"}
+    summary.update(seconds=seconds, images_per_second=sum(steady) / len(steady), preset=run.args.preset,
+                   device=run.device.type, **settings)
     replace_text(out / "summary.json", json.dumps(summary, indent=2) + "\n")
     print(json.dumps(summary, indent=2))
     print(f"pictures: {out}/reconstructions.png (originals left, reconstructions right) and {out}/curves.png")
@@ -513,11 +569,14 @@ def one_sentence_errors():
 
 
 def main(argv=None):
-    args, config = parse_args(argv)
-    if args.print_config:
-        print(json.dumps({"stage": args.stage, "preset": args.preset, "seed": args.seed, **asdict(config)}, indent=2))
-        return
+    args = parse_args(argv)
     with one_sentence_errors():
+        config = settings_for(args, args.stage)
+        if args.print_config:
+            settings = {"stage": args.stage, "preset": args.preset, "seed": args.seed, **asdict(config)}
+            fixed = vqrae.FIXED_BY_STAGE_1 if args.stage == "2" else ()
+            print(json.dumps({name: value for name, value in settings.items() if name not in fixed}, indent=2))
+            return
         run = Run(args, config)
         benchmark(run) if args.benchmark else train(run)
 

@@ -14,7 +14,7 @@ import json
 import math
 import os
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -594,7 +594,7 @@ class VQRAE(nn.Module):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Section 3.2, "Two-Stage Training": the losses, Eq. 2 and Eq. 4
+# Section 3.2, "Two-Stage Training": the losses, Eq. 2 and Eq. 4 to 6
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -694,6 +694,93 @@ def stage1_loss(images, out, perceptual, perceptual_weight=1.1, generator=None):
         terms["perceptual"] = perceptual(target, reconstruction, generator)
     terms["codebook"], terms["commitment"] = out.codebook_loss, out.commitment_loss
     return sum(terms[name] * (perceptual_weight if name == "perceptual" else 1) for name in terms), terms
+
+
+class Discriminator(nn.Module):
+    """The patch discriminator behind Eq. 2's L_G: images (B, 3, H, W) in [0, 1] -> logits (B, 1, 16, 16), high is real.
+
+    The paper leaves it open and says that its code is TiTok's; this is TiTok's: three stages that halve the image with
+    a fixed blur, then a 16 x 16 map of logits whatever the image's size. Used in training alone, so its convolutions do
+    not make VQRAE a convolutional model. It works in float32, and keeps the averages that LeCam needs.
+    """
+
+    def __init__(self, width=128):
+        super().__init__()
+        layers, channels = [nn.Conv2d(3, width, 5, padding=2), nn.LeakyReLU(0.1)], (width, width, 2 * width, 4 * width)
+        for before, after in zip(channels, channels[1:]):
+            layers += [nn.Conv2d(before, after, 3, padding=1), BlurHalf(after), nn.GroupNorm(32, after),
+                       nn.LeakyReLU(0.1)]
+        layers += [nn.AdaptiveMaxPool2d(16), nn.Conv2d(after, after, 1), nn.LeakyReLU(0.1),
+                   nn.Conv2d(after, 1, 5, padding=2)]
+        self.layers = nn.Sequential(*layers)
+        self.register_buffer("real_average", torch.zeros(()))
+        self.register_buffer("fake_average", torch.zeros(()))
+
+    def forward(self, images):
+        with torch.autocast(images.device.type, enabled=False):
+            return self.layers(images.float())  # (B, 1, 16, 16)
+
+    def loss(self, real, fake, lecam_weight=0.001, decay=0.999):
+        """What the discriminator minimises on originals and reconstructions: hinge + LeCam; a dict of scalars too."""
+        real, fake = self(real), self(fake.detach())
+        hinge = hinge_loss(real, fake)
+        lecam = lecam_penalty(real, fake, self.real_average, self.fake_average)
+        with torch.no_grad():  # after use, so that a batch is compared with those before it
+            self.real_average.lerp_(real.mean(), 1 - decay)
+            self.fake_average.lerp_(fake.mean(), 1 - decay)
+        return hinge + lecam_weight * lecam, {"hinge": hinge, "real_logit": real.mean(), "fake_logit": fake.mean()}
+
+
+class BlurHalf(nn.Module):
+    """Half the size without aliasing: the binomial filter 1 3 3 1 in both directions, every second pixel kept."""
+
+    def __init__(self, channels):
+        super().__init__()
+        taps = torch.tensor([1.0, 3.0, 3.0, 1.0]) / 8
+        self.register_buffer("taps", taps.outer(taps).expand(channels, 1, 4, 4).contiguous(), persistent=False)
+
+    def forward(self, x):
+        height, width = x.shape[-2:]
+        x = F.pad(x, (1, 1 + width % 2, 1, 1 + height % 2))
+        return F.conv2d(x, self.taps, stride=2, groups=x.shape[1])  # (B, C, ceil(H/2), ceil(W/2))
+
+
+def hinge_loss(real, fake):
+    """The discriminator's hinge loss on logits of any shape -> scalar: real ones above 1 and fake ones below -1."""
+    return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
+
+
+def lecam_penalty(real, fake, real_average, fake_average):
+    """LeCam (Tseng et al. 2021): real logits should not rise far above the running average of fake ones, nor the other
+    way round, which keeps a discriminator from winning outright when data are few. Logits of any shape -> scalar."""
+    return F.relu(real.mean() - fake_average).pow(2) + F.relu(real_average - fake.mean()).pow(2)
+
+
+def distillation_loss(features, teacher_features):
+    """Eq. 5: how far the features Z_I (B, N, d) are from T(X), the frozen teacher's of the same images -> scalar.
+
+    The mean over elements; the sum that Eq. 5 writes would outweigh all other terms by the width of the encoder.
+    """
+    return F.mse_loss(features.float(), teacher_features.float())
+
+
+def stage2_loss(images, out, perceptual, perceptual_weight=1.1, generator=None, teacher_features=None,
+                distillation_weight=1.0, discriminator=None, adversarial_weight=0.1):
+    """Eq. 6, L_stage2 = l2 + 1.1 L_P + 0.1 L_G + L_quant + L_distill, and its terms as a dict of scalars.
+
+    Stage 1's loss plus what is given: `teacher_features` for the distillation, and once its time has come the
+    `discriminator`, whose verdict on the reconstruction is L_G = -mean D(X').
+    """
+    loss, terms = stage1_loss(images, out, perceptual, perceptual_weight, generator)
+    if teacher_features is not None:
+        terms["distillation"] = distillation_loss(out.features, teacher_features)
+        loss = loss + distillation_weight * terms["distillation"]
+    if discriminator is not None:
+        discriminator.requires_grad_(False)  # this step is the tokenizer's; the discriminator has its own
+        terms["adversarial"] = -discriminator(out.reconstruction).mean()
+        discriminator.requires_grad_(True)
+        loss = loss + adversarial_weight * terms["adversarial"]
+    return loss, terms
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1034,56 +1121,84 @@ def save_pairs(originals, reconstructions, path, columns=6, side=128):
 ROOT = Path(__file__).resolve().parent
 
 
+def setting(help, **flag):
+    """A field of TrainingConfig; `train.py` makes a flag with this help text of it."""
+    return field(metadata={"help": help, **flag})
+
+
 @dataclass
-class Stage1Config:
-    """Settings of stage 1, Table 7's rows among them; `train.py` has a flag for each that one may want to change."""
+class TrainingConfig:
+    """Settings of stage 1 or 2, Table 7's rows among them; each is a flag of `train.py`."""
 
-    encoder: str
-    data: str
-    image_size: int
-    output_patch_size: int | None  # None: the encoder's own
-    codebook_size: int
-    codebook_dim: int
-    quantizer: str
-    codebook_init: str
-    projection_init: str
-    beta_side: str
-    perceptual: str
-    perceptual_weight: float
-    steps: int
-    batch_size: int
-    learning_rate: float
-    end_learning_rate: float
-    warmup_steps: int
-    weight_decay: float
-    betas: tuple
-    max_grad_norm: float
-    ema_decay: float
+    data: str = setting("folder of images, flat or one folder per class")
+    encoder: str = setting("DINOv2 checkpoint: a folder in the hub's layout or a hub id")
+    image_size: int = setting("side of the training images in pixels")
+    output_patch_size: int | None = setting("q, side of a token's patch of output (default: the encoder's p)")
+    quantizer: str = setting("simvq: the paper's; vq: plain; none: continuous", choices=list(QUANTIZERS))
+    codebook_size: int = setting("number of codes, K")
+    codebook_dim: int = setting("width of a code, e")
+    beta_side: str = setting("which term of Eq. 3 the 0.25 weighs", choices=["commitment", "codebook"])
+    codebook_init: str = setting("data: k-means of features; gaussian: the SimVQ authors'",
+                                 choices=["data", "gaussian"])
+    projection_init: str = setting("pixels: distances that count pixels; random: torch's", choices=["pixels", "random"])
+    perceptual: str = setting("vfm: the encoder's own features; lpips-convnext: the paper's networks, fetched on "
+                              "first use", choices=["vfm", "lpips-convnext", "none"])
+    perceptual_weight: float = setting("weight of the perceptual loss (paper: 1.1)")
+    distillation_weight: float = setting("weight of Eq. 5 when the encoder trains (paper: 1)")
+    adversarial_weight: float = setting("weight of the adversarial loss (paper: 0 in stage 1, 0.1 in stage 2)")
+    discriminator_start: int = setting("step at which discriminator and adversarial loss set in")
+    discriminator_width: int = setting("channels of the discriminator's first stage, a multiple of 32 (TiTok: 128)")
+    steps: int = setting("training steps")
+    batch_size: int = setting("images a step")
+    learning_rate: float = setting("of decoder, projections and codebook, at its highest, after the warm-up")
+    encoder_learning_rate: float = setting("of the encoder; 0 keeps it frozen")
+    discriminator_learning_rate: float = setting("of the discriminator")
+    end_factor: float = setting("what is left of each learning rate at the end of its cosine")
+    warmup_steps: int = setting("steps over which learning rates rise")
+    weight_decay: float = setting("AdamW's, on matrices only")
+    max_grad_norm: float = setting("gradients are scaled down to this norm")
+    ema_decay: float = setting("of the averaged weights, which are evaluated and saved")
+    betas: tuple = (0.9, 0.999)
 
+
+# What a model of stage 1 has fixed for stage 2.
+FIXED_BY_STAGE_1 = ("encoder", "image_size", "output_patch_size", "quantizer", "codebook_size", "codebook_dim",
+                    "beta_side", "codebook_init", "projection_init")
+
+TINY = TrainingConfig(
+    data=str(ROOT / "data/emoji"),
+    encoder=str(ROOT / "data/tiny_vit"),
+    image_size=64,
+    output_patch_size=None,
+    quantizer="simvq",
+    codebook_size=4096,
+    codebook_dim=256,
+    beta_side="commitment",
+    codebook_init="data",
+    projection_init="pixels",
+    perceptual="vfm",
+    perceptual_weight=1.1,
+    distillation_weight=0.0,
+    adversarial_weight=0.0,
+    discriminator_start=0,
+    discriminator_width=32,
+    steps=1500,
+    batch_size=16,
+    learning_rate=2e-3,
+    encoder_learning_rate=0.0,
+    discriminator_learning_rate=0.0,
+    end_factor=0.01,
+    warmup_steps=100,
+    weight_decay=1e-4,
+    max_grad_norm=1.0,
+    ema_decay=0.999,
+)
 
 PRESETS = {
     # Made for two CPU cores and a few minutes, with nothing to download.
-    "tiny": Stage1Config(
-        encoder=str(ROOT / "data/tiny_vit"),
-        data=str(ROOT / "data/emoji"),
-        image_size=64,
-        output_patch_size=None,
-        codebook_size=4096,
-        codebook_dim=256,
-        quantizer="simvq",
-        codebook_init="data",
-        projection_init="pixels",
-        beta_side="commitment",
-        perceptual="vfm",
-        perceptual_weight=1.1,
-        steps=1500,
-        batch_size=16,
-        learning_rate=2e-3,
-        end_learning_rate=2e-5,
-        warmup_steps=100,
-        weight_decay=1e-4,
-        betas=(0.9, 0.999),
-        max_grad_norm=1.0,
-        ema_decay=0.999,
-    ),
+    "tiny": {
+        "1": TINY,
+        "2": replace(TINY, distillation_weight=1.0, adversarial_weight=0.1, discriminator_start=1000,
+                     learning_rate=1e-3, encoder_learning_rate=5e-4, discriminator_learning_rate=4e-4),
+    },
 }
