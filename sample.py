@@ -9,7 +9,8 @@
 import argparse
 import json
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -68,7 +69,82 @@ def evaluate(args, model, device):
         result[f"frechet_{Path(args.frechet_encoder).name}"] = result.pop("frechet")
     for name, value in result.items():
         print(f"{name:20} {value:.4f}" if isinstance(value, float) else f"{name:20} {value}")
+    if args.split == "val":  # a probe is fitted to the training images and asked about held-out ones
+        teacher = vqrae.load_encoder(args.teacher).to(device)
+        if asdict(teacher.config) == asdict(model.config.encoder):
+            train_images = vqrae.ImageSet(args.data, "train", args.image_size)
+            result["understanding"] = vqrae.understanding(model, teacher, train_images, images, args.batch_size, device)
+            print_understanding(result["understanding"])
+        else:
+            print(f"understanding is left out: {args.teacher} is of other sizes than the encoder of {args.model}; "
+                  "--teacher names the encoder that it was trained from", file=sys.stderr)
+    if args.clusters:
+        result["clusters"] = clusters(args, model, images, device)
     print(json.dumps(result))
+
+
+def print_understanding(rows):
+    """The measures of `vqrae.understanding` as a table, features down and measures across."""
+    measures = list(rows.get("continuous", ()))
+    if measures:
+        print("".join([f"{'features':12}"] + [f"{name:>24}" for name in measures]))
+    for name, values in rows.items():
+        print("".join([f"{name:12}"] + [f"{values[measure]:24.4f}" for measure in measures]))
+
+
+def clusters(args, model, images, device):
+    """Figure 4: k-means of images, on the mean of their continuous features left and of their discrete tokens right.
+
+    Draws clusters.png, a row a cluster with the images nearest to its centre, and returns what each clustering follows:
+    the share of images whose category (style) is the most frequent one of their cluster, and the share of the variance
+    of mean colour and of roughness (mean squared step between neighbouring pixels) that lies between clusters.
+    """
+    if model.config.quantizer == "none":
+        raise InputError(f"the model in {args.model} has no discrete tokens to cluster (--quantizer none)")
+    everything, vectors = [], {"continuous": [], "discrete": []}
+    for batch in images.batches(range(len(images)), args.batch_size):
+        with torch.no_grad():
+            out = model(batch.to(device).float() / 255)
+        everything.append(batch)
+        vectors["continuous"].append(model.standardise(out.features).mean(1).cpu())
+        vectors["discrete"].append(out.z_q.mean(1).cpu())
+    everything = torch.cat(everything)  # (n, 3, H, W)
+    count, columns, rows, side, gap = min(args.clusters, len(everything)), 8, 8, 64, 3
+    x = everything.float() / 255
+    colour = x.mean((2, 3))  # (n, 3)
+    roughness = (x.diff(dim=-1).pow(2).mean((1, 2, 3)) + x.diff(dim=-2).pow(2).mean((1, 2, 3)))[:, None]  # (n, 1)
+    canvas = Image.new("RGB", (2 * columns * (side + gap) + 24, 16 + rows * (side + gap)), "white")
+    draw, result = ImageDraw.Draw(canvas), {}
+    for half, (name, parts) in enumerate(vectors.items()):
+        vector = torch.cat(parts)  # (n, d) or (n, e)
+        means = vqrae.VectorQuantizer(count, vector.shape[1])
+        vqrae.start_codebook(means, vector, steps=30, generator=torch.Generator().manual_seed(0))
+        label = means.search(vector)  # (n,)
+        distance = (vector - means.lookup(label)).norm(dim=1)  # (n,)
+        left = half * (columns * (side + gap) + 24)
+        draw.text((left, 2), f"{name}: {count} clusters of {len(vector)} images, nearest to the centre first", "black")
+        sizes = torch.bincount(label, minlength=count)
+        for row, cluster in enumerate(sizes.argsort(descending=True, stable=True)[::max(1, count // rows)][:rows]):
+            members = (label == cluster).nonzero()[:, 0]
+            for column, member in enumerate(members[distance[members].argsort()][:columns]):
+                tile = pixels.to_pil_image(everything[member]).resize((side, side), Image.LANCZOS)
+                canvas.paste(tile, (left + column * (side + gap), 16 + row * (side + gap)))
+        result[name] = {}
+        for key in ("category", "style"):
+            values = [record.get(key) for record in images.records]
+            if len(set(values)) > 1:
+                kept = sum(max(Counter(v for v, c in zip(values, label.tolist()) if c == cluster).values(), default=0)
+                           for cluster in range(count))
+                result[name][f"{key}_purity"] = kept / len(values)
+        for key, values in (("colour", colour), ("roughness", roughness)):
+            centres = torch.zeros(count, values.shape[1]).index_add_(0, label, values) / sizes.clamp(min=1)[:, None]
+            inside = (values - centres[label]).pow(2).sum()
+            result[name][f"{key}_explained"] = (1 - inside / (values - values.mean(0)).pow(2).sum()).item()
+        print("".join([f"clusters by {name} features:"] + [f"  {k} {v:.3f}" for k, v in result[name].items()]))
+    args.out.mkdir(parents=True, exist_ok=True)
+    canvas.save(args.out / "clusters.png")
+    print(f"{args.out}/clusters.png")
+    return result
 
 
 def codes(args, model, device):
@@ -115,8 +191,7 @@ def parse_args(argv=None):
         sub.add_argument("--model", type=Path, default=Path("out/stage1"), help="folder that train.py wrote")
         sub.add_argument("--image-size", type=above(int, 1), help="side in pixels (default: the model's)")
         sub.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
-        if command is not evaluate:
-            sub.add_argument("--out", type=Path, default=Path("out/pictures"), help="folder for the pictures")
+        sub.add_argument("--out", type=Path, default=Path("out/pictures"), help="folder for the pictures")
         if command is reconstruct:
             sub.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="image files of any kind")
             continue
@@ -126,6 +201,10 @@ def parse_args(argv=None):
         if command is evaluate:
             sub.add_argument("--frechet-encoder", default=str(vqrae.ROOT / "data/tiny_vit"),
                              help="whose mean patch features the Frechet distance compares; it is named after it")
+            sub.add_argument("--teacher", default=str(vqrae.ROOT / "data/tiny_vit"),
+                             help="the frozen encoder that the model was trained from, for the linear probes")
+            sub.add_argument("--clusters", type=above(int, 2), nargs="?", const=24, metavar="K",
+                             help="also draw clusters.png: k-means on continuous features and on discrete tokens")
         if command is codes:
             sub.add_argument("--codes", type=above(int, 1), default=16, help="how many codes to draw")
             sub.add_argument("--patches", type=above(int, 1), default=16, help="how many patches of each")

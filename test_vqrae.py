@@ -579,9 +579,9 @@ def test_a_linear_probe_reads_linear_classes_and_guesses_at_noise():
     generator = torch.Generator().manual_seed(0)
     x, direction = torch.randn(600, 10, generator=generator), torch.randn(10, 3, generator=generator)
     labels = (x @ direction).argmax(1)
-    assert vqrae.linear_probe(x[:400], labels[:400], x[400:], labels[400:]) > 0.85
+    assert vqrae.linear_probe(x[:400], labels[:400], [x[400:]], labels[400:])[0] > 0.85
     shuffled = labels[torch.randperm(600, generator=generator)]
-    assert vqrae.linear_probe(x[:400], shuffled[:400], x[400:], shuffled[400:]) < 0.6
+    assert vqrae.linear_probe(x[:400], shuffled[:400], [x[400:]], shuffled[400:])[0] < 0.6
 
 
 # --- images ---
@@ -733,12 +733,27 @@ def test_a_resumed_order_is_the_rest_of_the_order_and_an_epoch_shows_every_image
 # --- training: the loop, checkpoints, arguments ---
 
 
+def make_run(arguments):
+    args = train.parse_args(arguments)
+    return train.Run(args, train.settings_for(args, args.stage))
+
+
+def take_steps(run, count):
+    """Train for some steps and return the terms of the loss in each."""
+    keys, terms = vqrae.TrainingOrder(len(run.train_images), 0, run.done * 4), []
+    for _, batch in zip(range(count), run.train_images.batches(keys, 4)):
+        run.reset_window()
+        run.step(batch)
+        terms.append({name: total.item() for name, (total, _) in run.window.items()})
+    return terms
+
+
 def weights(folder):
     return (folder / "model.safetensors").read_bytes()
 
 
 def test_stage_1_leaves_the_encoder_and_the_codebook_bit_identical(short_run, encoder_folder):
-    run = train.Run(*train.parse_args(short_run))
+    run = make_run(short_run)
     run.start()
     keys = vqrae.TrainingOrder(len(run.train_images), 0, 0)
     frozen = {name: t.clone() for name, t in run.model.state_dict().items()
@@ -776,10 +791,15 @@ def test_a_run_leaves_all_its_files_and_figures(short_run, tmp_path, capsys):
 
 
 def test_a_stopped_and_resumed_run_ends_bit_identical(short_run, tmp_path):
-    train.main(short_run)
+    assert_resume_is_exact(short_run, tmp_path)
+
+
+def assert_resume_is_exact(command, tmp_path):
+    """Train once in one go and once with two interruptions; weights and log lines must be the same."""
+    train.main(command)
     whole = tmp_path / "run"
     parts = tmp_path / "parts"
-    arguments = short_run[:-1] + [str(parts)]
+    arguments = command[:-1] + [str(parts)]
 
     class Stopped(Exception):
         pass
@@ -856,20 +876,23 @@ def test_a_loss_that_is_not_a_number_stops_with_a_sentence_and_keeps_the_last_ch
     poisoned.calls = 0
     poisoned.count = lambda: setattr(poisoned, "calls", poisoned.calls + 1) or 0.0
     monkeypatch.setattr(vqrae, "stage1_loss", poisoned)
-    with pytest.raises(SystemExit, match="the loss is nan .* at step 4; the last good checkpoint is kept"):
+    with pytest.raises(SystemExit, match="not finite at step 4 .loss nan.* the last good checkpoint is kept"):
         train.main(short_run)
     state = torch.load(tmp_path / "run/checkpoint/state.pt", weights_only=True)
     assert state["done"] == 3 and all(torch.isfinite(t).all() for t in state["model"].values())
 
 
 def test_the_learning_rate_warms_up_and_then_falls_to_its_end_value(short_run):
-    run = train.Run(*train.parse_args(short_run))
+    run = make_run(short_run)
     run.config.steps, run.config.warmup_steps = 1000, 100
-    rates = [run.learning_rate(step) for step in range(1001)]
-    assert rates[0] == pytest.approx(run.config.learning_rate / 100)
-    assert max(rates) == rates[99] == run.config.learning_rate
-    assert rates[1000] == pytest.approx(run.config.end_learning_rate)
-    assert all(a >= b for a, b in zip(rates[99:], rates[100:]))
+    factors = [run.schedule(step) for step in range(1001)]
+    assert factors[0] == pytest.approx(1 / 100)
+    assert max(factors) == factors[99] == 1
+    assert factors[1000] == pytest.approx(run.config.end_factor)
+    assert all(a >= b for a, b in zip(factors[99:], factors[100:]))
+    late = [run.schedule(step, start=400) for step in range(400, 1001)]
+    assert late[0] == pytest.approx(1 / 100) and max(late) == late[99] == 1
+    assert late[600] == pytest.approx(run.config.end_factor)
 
 
 def test_the_average_starts_short_and_is_what_gets_saved(short_run, tmp_path):
@@ -958,7 +981,274 @@ def test_the_benchmark_prints_one_json_line_and_writes_nothing(short_run, tmp_pa
 def test_print_config_is_the_preset_with_the_flags_applied(capsys):
     train.main(["--stage", "1", "--print-config", "--codebook-dim", "77"])
     config = json.loads(capsys.readouterr().out)
-    assert config["codebook_dim"] == 77 and config["codebook_size"] == vqrae.PRESETS["tiny"].codebook_size
+    assert config["codebook_dim"] == 77 and config["codebook_size"] == vqrae.PRESETS["tiny"]["1"].codebook_size
+
+
+# --- stage 2: Eq. 5, Eq. 6 and the adversarial term ---
+
+
+@pytest.fixture
+def second_stage(short_run, tmp_path):
+    """Arguments of a short stage 2 whose discriminator sets in at step 3, on a stage 1 that has run."""
+    train.main(short_run[:-1] + [str(tmp_path / "first")])
+    keep = ("--data", "--batch-size", "--steps", "--log-every", "--evaluate-every", "--checkpoint-every", "--workers",
+            "--device", "--out")
+    kept = [part for flag in keep for part in (flag, short_run[short_run.index(flag) + 1])]
+    return ["--stage", "2", "--init", str(tmp_path / "first"), "--discriminator-start", "3", "--warmup-steps", "1",
+            "--discriminator-width", "32", *kept]
+
+
+def test_in_stage_2_everything_trains_but_the_teacher_and_the_base_codebook(second_stage, tmp_path):
+    run = make_run(second_stage)
+    before = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
+    take_steps(run, 3)
+    first = load_file(tmp_path / "first/model.safetensors")
+    for name, tensor in run.teacher.state_dict().items():
+        assert torch.equal(tensor, first[f"encoder.{name}"]), f"the teacher's {name} changed"
+    for name, tensor in run.model.state_dict().items():
+        fixed = name in ("quantizer.codebook", "feature_mean", "feature_std")
+        assert torch.equal(tensor, before[name]) == fixed, name
+
+
+def test_distillation_is_0_at_the_first_step_of_stage_2_and_then_measures_the_way_gone(second_stage):
+    terms = take_steps(make_run(second_stage), 2)
+    assert terms[0]["distillation"] == 0 < terms[1]["distillation"]
+
+
+@given(seed=seeds)
+def test_distillation_is_the_mean_squared_distance_to_the_teacher(seed):
+    a, b = np.random.RandomState(seed % 2**32).randn(2, 3, 5, 7)
+    assert vqrae.distillation_loss(torch.tensor(a), torch.tensor(b)).item() == pytest.approx(((a - b) ** 2).mean())
+
+
+@pytest.mark.parametrize("term, reaches", [("pixels", True), ("commitment", True), ("codebook", False)])
+def test_the_encoder_learns_from_pixels_through_the_straight_through_and_from_the_commitment(term, reaches):
+    model = small_model()
+    images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    out = model(images)
+    loss = {"pixels": F.mse_loss(out.reconstruction, images), "commitment": out.commitment_loss,
+            "codebook": out.codebook_loss}[term]
+    loss.backward()
+    gradients = [parameter.grad for parameter in model.encoder.parameters()]
+    assert any(g is not None and g.abs().sum() > 0 for g in gradients) == reaches
+
+
+def test_without_distillation_the_teacher_is_not_asked(second_stage):
+    assert "distillation" not in take_steps(make_run(second_stage + ["--distillation-weight", "0"]), 1)[0]
+
+
+def test_an_encoder_learning_rate_unfreezes_the_encoder_in_stage_1_too(short_run):
+    run = make_run(short_run + ["--encoder-learning-rate", "1e-3", "--distillation-weight", "1"])
+    run.start()
+    terms = take_steps(run, 2)
+    assert terms[0]["distillation"] == 0 < terms[1]["distillation"]
+
+
+def test_every_part_has_its_own_learning_rate_and_all_fall_by_one_factor(second_stage):
+    run = make_run(second_stage + ["--encoder-learning-rate", "1e-5", "--learning-rate", "1e-4"])
+    take_steps(run, 2)
+    names = {parameter: name for name, parameter in run.model.named_parameters()}
+    factor = run.schedule(1)
+    for group in run.optimizer.param_groups:
+        encoder = {names[parameter].startswith("encoder.") for parameter in group["params"]}
+        assert len(encoder) == 1 and group["lr"] == pytest.approx(factor * (1e-5 if encoder.pop() else 1e-4))
+
+
+def test_the_discriminator_is_untouched_before_its_start_and_trains_after_it(second_stage):
+    run = make_run(second_stage)
+    before = {name: tensor.clone() for name, tensor in run.discriminator.state_dict().items()}
+    terms = take_steps(run, 3)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in run.discriminator.state_dict().items())
+    assert all("adversarial" not in step and "hinge" not in step for step in terms)
+    terms = take_steps(run, 1)
+    assert "adversarial" in terms[0] and "hinge" in terms[0]
+    assert all(not torch.equal(tensor, before[name]) for name, tensor in run.discriminator.state_dict().items())
+
+
+def test_the_tokenizers_step_leaves_no_gradient_on_the_discriminator_but_feels_its_verdict():
+    torch.manual_seed(0)
+    discriminator, model = vqrae.Discriminator(32), small_model()
+    images = torch.rand(2, 3, 16, 16)
+    out = model(images)
+    total, terms = vqrae.stage2_loss(images, out, None, discriminator=discriminator, adversarial_weight=0.1)
+    plain, _ = vqrae.stage1_loss(images, out, None)
+    assert terms["adversarial"].item() == pytest.approx(-discriminator(out.reconstruction).mean().item())
+    assert (total - plain).item() == pytest.approx(0.1 * terms["adversarial"].item(), rel=1e-4)
+    (gradient,) = torch.autograd.grad(terms["adversarial"], out.reconstruction, retain_graph=True)
+    assert gradient.abs().sum() > 0
+    total.backward()
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in discriminator.parameters())
+
+
+def test_hinge_and_lecam_have_the_values_worked_by_hand():
+    real, fake = torch.tensor([2.0, 0.5]), torch.tensor([-3.0, 1.0])
+    # relu(1 - real) = 0, 0.5; relu(1 + fake) = 0, 2: half of 0.25 + 1
+    assert vqrae.hinge_loss(real, fake).item() == pytest.approx(0.625)
+    # mean real 1.25 lies 1.05 above 0.2; mean fake -1 lies 1.5 below 0.5
+    lecam = vqrae.lecam_penalty(real, fake, real_average=torch.tensor(0.5), fake_average=torch.tensor(0.2))
+    assert lecam.item() == pytest.approx(1.05**2 + 1.5**2)
+    assert vqrae.lecam_penalty(fake, real, torch.tensor(0.5), torch.tensor(0.2)).item() == 0  # not punished at all
+
+
+def test_lecam_compares_with_the_averages_of_earlier_batches():
+    torch.manual_seed(0)
+    discriminator = vqrae.Discriminator(32)
+    real, fake = torch.rand(2, 2, 3, 32, 32)
+    with torch.no_grad():
+        a, b = discriminator(real), discriminator(fake)
+        loss, terms = discriminator.loss(real, fake, lecam_weight=10.0, decay=0.9)
+        penalty = F.relu(a.mean()) ** 2 + F.relu(-b.mean()) ** 2  # both averages were 0
+        assert loss.item() == pytest.approx((vqrae.hinge_loss(a, b) + 10 * penalty).item(), rel=1e-5)
+        assert discriminator.real_average.item() == pytest.approx(0.1 * a.mean().item(), rel=1e-4)
+        assert discriminator.fake_average.item() == pytest.approx(0.1 * b.mean().item(), rel=1e-4)
+
+
+@given(height=st.integers(16, 70), width=st.integers(16, 70))
+@settings(max_examples=5)
+def test_the_discriminator_gives_a_map_of_16_x_16_verdicts_at_any_size(height, width):
+    assert vqrae.Discriminator(32)(torch.rand(2, 3, height, width)).shape == (2, 1, 16, 16)
+
+
+@given(height=st.integers(4, 11), width=st.integers(4, 11), seed=seeds)
+def test_the_blur_is_scipys_correlation_with_1_3_3_1_at_every_second_pixel(height, width, seed):
+    from scipy.signal import correlate2d
+
+    image = np.random.RandomState(seed % 2**32).rand(height, width)
+    taps = np.outer([1, 3, 3, 1], [1, 3, 3, 1]) / 64
+    expected = correlate2d(np.pad(image, ((1, 2), (1, 2))), taps, mode="valid")[::2, ::2]
+    found = vqrae.BlurHalf(1)(torch.tensor(image, dtype=torch.float32)[None, None])[0, 0].numpy()
+    assert found.shape == (-(-height // 2), -(-width // 2))
+    np.testing.assert_allclose(found, expected[:found.shape[0], :found.shape[1]], atol=1e-6)
+
+
+def test_stage_2_resumes_bit_identical_discriminator_included(second_stage, tmp_path):
+    assert_resume_is_exact(second_stage, tmp_path)
+    states = [torch.load(tmp_path / folder / "checkpoint/state.pt", weights_only=True) for folder in ("run", "parts")]
+    for name, tensor in states[0]["discriminator"].items():
+        assert torch.equal(tensor, states[1]["discriminator"][name]), name
+
+
+@pytest.mark.parametrize("extra, sentence", [
+    (["--init", "/nowhere"], "no model at /nowhere"),
+    (["--codebook-dim", "9"], "--codebook-dim is fixed by the model that stage 2 starts from"),
+    (["--discriminator-width", "33"], "--discriminator-width 33 is not a multiple of 32"),
+])
+def test_a_wrong_argument_of_stage_2_is_one_sentence(second_stage, extra, sentence):
+    with pytest.raises(SystemExit, match=sentence) as error:
+        train.main(second_stage + extra)
+    assert "\n" not in str(error.value)
+
+
+def test_a_second_stage_is_not_resumed_on_another_first_stage(second_stage, short_run, tmp_path):
+    train.main(second_stage)
+    train.main(short_run[:-1] + [str(tmp_path / "other"), "--seed", "1"])
+    with pytest.raises(SystemExit, match="--resume continues a run with its own settings: model of --init"):
+        train.main(second_stage + ["--init", str(tmp_path / "other"), "--resume"])
+
+
+# --- understanding ---
+
+
+@given(seed=seeds, k=st.integers(1, 12))
+def test_nearest_neighbours_vote_as_in_a_float64_brute_force(seed, k):
+    rng = np.random.RandomState(seed % 2**32)
+    train_x, test_x, labels = rng.randn(30, 4), rng.randn(9, 4), rng.randint(0, 3, 30)
+    expected = []
+    for x in test_x:
+        cosine = train_x @ x / np.linalg.norm(train_x, axis=1) / np.linalg.norm(x)
+        near = np.argsort(-cosine)[:k]
+        expected.append(np.argmax([cosine[near][labels[near] == c].sum() for c in range(3)]))
+    truth = rng.randint(0, 3, 9)
+    found = vqrae.nearest_neighbours(torch.tensor(train_x), torch.tensor(labels), torch.tensor(test_x),
+                                     torch.tensor(truth), k)
+    assert found == pytest.approx((np.array(expected) == truth).mean())
+
+
+def test_a_probe_is_fitted_once_and_applied_to_other_features_unchanged():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(600, 10, generator=generator)
+    labels = (x @ torch.randn(10, 3, generator=generator)).argmax(1)
+    own, turned, same = vqrae.linear_probe(x[:400], labels[:400], [x[400:], -x[400:], x[400:].clone()], labels[400:])
+    assert own == same > 0.85 and turned < 0.2
+
+
+@given(seed=seeds, e=st.integers(24, 40))
+def test_projected_features_can_be_had_back_when_e_is_at_least_d(seed, e):
+    model = small_model(seed, codebook_dim=e)
+    model.feature_mean.normal_()
+    model.feature_std.uniform_(0.5, 2)
+    features = torch.randn(2, 5, 24, generator=torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        assert torch.allclose(model.features_of(model.project_features(features)), features, atol=1e-2)
+
+
+def test_an_unchanged_encoder_understands_what_its_teacher_does(photo_folder):
+    model = small_model()
+    images = [vqrae.ImageSet(photo_folder, "all", 16)] * 2
+    rows = vqrae.understanding(model, model.encoder, *images)
+    assert rows["continuous"] == rows["teacher"] and rows["teacher"]["cosine"] == pytest.approx(1)
+    assert rows["teacher"]["category_transfer"] == rows["teacher"]["category_probe"] > 0.9
+    assert rows["discrete"]["cosine"] < 0.99
+
+
+def test_without_labels_there_is_nothing_to_understand(tmp_path, photo_folder):
+    (tmp_path / "flat").mkdir()
+    for path in photo_folder.glob("class0/*.png"):
+        (tmp_path / "flat" / path.name).write_bytes(path.read_bytes())
+    images = vqrae.ImageSet(tmp_path / "flat", "all", 16)
+    assert vqrae.understanding(small_model(), small_model().encoder, images, images) == {}
+
+
+# --- Tables 5 and 6 in small ---
+
+
+@pytest.mark.parametrize("ablation, every", [("codebook", 5), ("strategy", 3)])
+def test_an_ablation_goes_on_row_by_row_and_ends_in_a_table_and_a_plot(short_run, tmp_path, monkeypatch, ablation,
+                                                                       every):
+    make_rows, columns = train.ABLATIONS[ablation]
+
+    def few_small_rows(args):
+        return [(keys, seed, [(stage, {**changes, **({"codebook_size": 32} if stage == "1" else {})})
+                              for stage, changes in stages])
+                for keys, seed, stages in list(make_rows(args))[::every]]
+
+    monkeypatch.setitem(train.ABLATIONS, ablation, (few_small_rows, columns))
+    trained, real = [], train.train
+
+    def interrupted(run):
+        if len(trained) == 2:
+            raise InputError("interrupted")
+        going_on(run)
+
+    def going_on(run):
+        trained.append(run.args.out)
+        real(run)
+
+    arguments = ["--ablate", ablation, *short_run[2:]]
+    out = tmp_path / "run"
+    monkeypatch.setattr(train, "train", interrupted)
+    with pytest.raises(SystemExit, match="interrupted"):
+        train.main(arguments)
+    assert not (out / "table.md").exists()
+    monkeypatch.setattr(train, "train", going_on)
+    train.main(arguments)
+    assert len(trained) == len(set(trained)), "a row that was done ran again"
+    table = (out / "table.md").read_text().splitlines()
+    assert len(table) == 2 + len({tuple(keys.items()) for keys, _, _ in few_small_rows(train.parse_args(arguments))})
+    assert "nan" not in "".join(table) and Image.open(out / "plot.png").size[0] > 200
+    with pytest.raises(SystemExit, match="row.json is of a run with .*: choose another --out"):
+        train.main(arguments + ["--steps", "8"])
+
+
+def test_the_rows_of_the_ablations_are_those_of_the_papers_tables():
+    args = train.parse_args(["--ablate", "codebook"])
+    rows = list(train.codebook_rows(args))
+    d, K = 192, vqrae.PRESETS["tiny"]["1"].codebook_size
+    shapes = {(row["dimension"], row["size"]) for row, _, _ in rows}
+    assert {e for e, size in shapes if size == K} >= {16, d, 2 * d} and {size for e, size in shapes if e == d} >= {512, K, 16384}
+    assert {row["start"] for row, _, _ in rows} == {"data", "gaussian"}
+    for _, _, runs in train.strategy_rows(train.parse_args(["--ablate", "strategy"])):
+        assert sum(changes["steps"] for _, changes in runs) == 600
 
 
 # --- sample.py ---
@@ -987,6 +1277,33 @@ def test_evaluate_prints_a_table_and_json_and_names_the_frechet_encoder(saved_mo
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result["images"] == 12 and result["tokens"] == 12 * 16
     assert result[f"frechet_{encoder_folder.name}"] > 0 and not any("fid" in name.lower() for name in result)
+
+
+def test_evaluate_measures_understanding_beside_the_teacher(saved_model, photo_folder, encoder_folder, tmp_path, capsys,
+                                                            monkeypatch):
+    monkeypatch.setattr(sample, "lpips_distance", lambda device: None)
+    arguments = ["evaluate", "--model", str(saved_model), "--data", str(photo_folder), "--device", "cpu",
+                 "--frechet-encoder", str(encoder_folder), "--teacher"]
+    sample.main(arguments + [str(encoder_folder)])
+    said = capsys.readouterr().out
+    rows = json.loads(said.splitlines()[-1])["understanding"]
+    assert set(rows) == {"teacher", "continuous", "discrete"} and rows["teacher"]["cosine"] == pytest.approx(1)
+    assert all(f"{row['category_transfer']:.4f}" in said for row in rows.values())
+    torch.manual_seed(0)
+    vqrae.save_encoder(vqrae.Encoder(small_vit(width=12)), tmp_path / "other")
+    sample.main(arguments + [str(tmp_path / "other")])
+    assert "--teacher names the encoder that it was trained from" in capsys.readouterr().err
+
+
+def test_clusters_are_drawn_and_what_they_follow_is_measured(saved_model, photo_folder, encoder_folder, tmp_path, capsys,
+                                                             monkeypatch):
+    monkeypatch.setattr(sample, "lpips_distance", lambda device: None)
+    sample.main(["evaluate", "--model", str(saved_model), "--data", str(photo_folder), "--split", "all", "--device",
+                 "cpu", "--frechet-encoder", str(encoder_folder), "--clusters", "3", "--out", str(tmp_path / "pictures")])
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])["clusters"]
+    for measures in found.values():
+        assert 0.5 <= measures["category_purity"] <= 1 and 0 < measures["colour_explained"] <= 1
+    assert set(found) == {"continuous", "discrete"} and Image.open(tmp_path / "pictures/clusters.png").size[0] > 500
 
 
 def test_codes_draws_the_patches_that_chose_each_code(saved_model, photo_folder, tmp_path):

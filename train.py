@@ -4,6 +4,7 @@
     python train.py --stage 1 --data my/photos     # any folder of images
     python train.py --stage 1 --resume             # go on after an interruption, bit for bit
     python train.py --stage 2 --init out/stage1    # unfreeze the encoder, under self-distillation
+    python train.py --ablate codebook              # Table 5 in small; --ablate strategy: Table 6
 
 Leaves in --out: config.json + model.safetensors (averaged weights, what sample.py reads), metrics.jsonl, summary.json,
 curves.png, reconstructions.png, and checkpoint/ (what --resume needs).
@@ -48,8 +49,11 @@ def above(kind, lowest):
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--stage", choices=["1", "2"], required=True,
-        help="1: frozen encoder, train codebook and decoder; 2: train the encoder too, from a model of stage 1")
+    command = parser.add_mutually_exclusive_group(required=True)
+    command.add_argument("--stage", choices=["1", "2"], help="1: frozen encoder, train codebook and decoder; "
+                         "2: train the encoder too, from a model of stage 1")
+    command.add_argument("--ablate", choices=list(ABLATIONS), help="many short runs and a table of them; codebook: "
+                         "Table 5, its dimension and size; strategy: Table 6, when and how the encoder trains")
     add("--init", type=Path, help="stage 2: the model of stage 1 to start from (default: out/stage1)")
     add("--preset", choices=list(vqrae.PRESETS), default="tiny", help="the settings that the flags below change")
     for field in fields(vqrae.TrainingConfig):
@@ -71,7 +75,7 @@ def parse_args(argv=None):
     add("--benchmark", action="store_true", help="time steady steps, print one JSON line, write nothing")
     add("--print-config", action="store_true", help="print all settings as JSON and stop")
     args = parser.parse_args(argv)
-    args.out = args.out or Path(f"out/stage{args.stage}")
+    args.out = args.out or Path(f"out/stage{args.stage}" if args.stage else f"out/ablate-{args.ablate}")
     return args
 
 
@@ -81,7 +85,7 @@ def settings_for(args, stage):
         raise InputError("--init is for --stage 2; stage 1 starts from --encoder")
     given = {field.name: getattr(args, field.name) for field in fields(vqrae.TrainingConfig)
              if getattr(args, field.name, None) is not None}
-    for name in vqrae.FIXED_BY_STAGE_1 if stage == "2" else ():
+    for name in vqrae.FIXED_BY_STAGE_1 if args.stage == "2" and not args.ablate else ():
         if name in given:
             raise InputError(f"--{name.replace('_', '-')} is fixed by the model that stage 2 starts from, --init")
     return replace(vqrae.PRESETS[args.preset][stage], **given)
@@ -232,8 +236,9 @@ class Run:
             with torch.no_grad():
                 teacher_features = self.teacher(images) if self.distils else None
             loss, terms = vqrae.stage2_loss(
-                images, out, self.perceptual, config.perceptual_weight, generator, teacher_features,
-                config.distillation_weight, self.discriminator if adversarial else None, config.adversarial_weight)
+                images, out, self.perceptual, config.perceptual_weight, config.quantizer_weight, generator,
+                teacher_features, config.distillation_weight, self.discriminator if adversarial else None,
+                config.adversarial_weight)
         terms = {"loss": loss, **terms}
         self.optimizer.zero_grad()
         loss.backward()
@@ -557,6 +562,133 @@ def benchmark(run, warmup=3, steps=20):
     }))
 
 
+def codebook_rows(args):
+    """Table 5: dimension and size of the codebook, from both starts; three seeds for dimensions started from data.
+
+    Every row is its name, its seed and the runs it takes, each a stage and what it changes in the settings.
+    """
+    base, steps = settings_for(args, "1"), args.steps or 300
+    d, K = vqrae.load_encoder(base.encoder).config.width, base.codebook_size
+    shapes = [(16, K), (d // 4, K), (d // 2, K), (d, K), (2 * d, K), (d, 512), (d, 2048), (d, 16384)]
+    for init in ("data", "gaussian"):
+        for e, size in shapes:
+            for seed in range(args.seed, args.seed + (3 if init == "data" and size == K else 1)):
+                changes = {"codebook_dim": e, "codebook_size": size, "codebook_init": init}
+                yield {"dimension": e, "size": size, "start": init}, seed, [("1", {"steps": steps, **changes})]
+
+
+def strategy_rows(args):
+    """Table 6: the encoder trained from step 0 or in a second stage, with distillation or without; three seeds each.
+
+    All rows take the same number of steps and no adversarial loss; the first row, a frozen encoder, is not the paper's.
+    """
+    rate = settings_for(args, "2").encoder_learning_rate
+    half = (args.steps or 600) // 2
+    for name, runs in {
+        "encoder frozen throughout": [("1", {"steps": 2 * half})],
+        "end to end, no distillation": [("1", {"steps": 2 * half, "encoder_learning_rate": rate})],
+        "end to end, distillation": [("1", {"steps": 2 * half, "encoder_learning_rate": rate,
+                                            "distillation_weight": 1.0})],
+        "two stages, distillation": [("1", {"steps": half}), ("2", {"steps": half, "adversarial_weight": 0.0})],
+    }.items():
+        for seed in range(args.seed, args.seed + 3):
+            yield {"strategy": name}, seed, runs
+
+
+ABLATIONS = {
+    # rows, and the columns of the table
+    "codebook": (codebook_rows, ["train_utilization", "train_perplexity", "val_perplexity", "val_psnr", "val_ssim",
+                                 "val_frechet"]),
+    "strategy": (strategy_rows, ["val_psnr", "val_ssim", "val_frechet", "train_utilization", "category_transfer",
+                                 "category_probe", "category_neighbours", "cosine"]),
+}
+
+
+def ablate(args):
+    """Run the rows of an ablation one after the other, each in its own folder, and write table.md and plot.png.
+
+    What is done is not done again: the same command goes on where it stopped, row by row and step by step.
+    """
+    make_rows, columns = ABLATIONS[args.ablate]
+    rows, results = list(make_rows(args)), {}
+    for number, (keys, seed, stages) in enumerate(rows, 1):
+        name = "-".join(str(value).replace(",", "").replace(" ", "_") for value in keys.values())
+        folder = args.out / f"{name}-seed{seed}"
+        settings = [[stage, changes] for stage, changes in stages]  # as JSON gives it back
+        print(f"row {number} of {len(rows)}: {', '.join(f'{key} {value}' for key, value in keys.items())}, seed {seed}")
+        if not (folder / "row.json").exists():
+            run = None
+            for stage, changes in stages:
+                run_args = argparse.Namespace(**{
+                    **vars(args), "stage": stage, "seed": seed, "init": folder / "stage1" if stage == "2" else None,
+                    "out": folder / f"stage{stage}", "resume": True})
+                run = Run(run_args, replace(settings_for(run_args, stage), **changes))
+                if not (run_args.out / "summary.json").exists():
+                    train(run)
+                else:
+                    run.load()
+            result = vqrae.read_json(run.args.out / "summary.json")
+            if args.ablate == "strategy":
+                read = vqrae.understanding(run.average, run.teacher, run.train_images, run.val_images,
+                                           device=run.device, workers=run.workers)
+                result.update(read.get("continuous", {}))
+            replace_text(folder / "row.json", json.dumps({"stages": settings, **result}, indent=2) + "\n")
+        row = vqrae.read_json(folder / "row.json")
+        if row.get("stages") != settings:
+            raise InputError(f"{folder}/row.json is of a run with {row.get('stages')}, not {settings}: choose another "
+                             "--out")
+        results.setdefault(tuple(keys.items()), []).append(row)
+    write_ablation(args, results, columns)
+
+
+def write_ablation(args, results, columns):
+    """table.md (means over seeds, with the standard deviation) and plot.png."""
+    lines = []
+    for keys, rows in results.items():
+        cells = [str(value) for _, value in keys] + [str(len(rows))]
+        for column in columns:
+            values = torch.tensor([row.get(column, math.nan) for row in rows], dtype=torch.float64)
+            digits = 1 if "perplexity" in column else 2 if "psnr" in column else 3
+            spread = f" ± {values.std():.{digits}f}" if len(rows) > 1 else ""
+            cells.append(f"{values.mean():.{digits}f}{spread}")
+        if not lines:
+            names = [key for key, _ in keys] + ["seeds"] + columns
+            lines += ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
+        lines.append("| " + " | ".join(cells) + " |")
+    replace_text(args.out / "table.md", "\n".join(lines) + "\n")
+    print("\n".join(lines))
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    shown = columns[:5] if args.ablate == "codebook" else ["val_psnr", "category_transfer", "category_probe"]
+    figure, axes = plt.subplots(1, len(shown), figsize=(4 * len(shown), 3.4))
+
+    def mean(rows, column):
+        return sum(row.get(column, math.nan) for row in rows) / len(rows)
+
+    for axis, column in zip(axes, shown):
+        if args.ablate == "codebook":
+            sizes = [dict(keys)["size"] for keys in results]
+            usual = max(set(sizes), key=sizes.count)
+            for start in ("data", "gaussian"):
+                points = sorted((dict(keys)["dimension"], mean(rows, column)) for keys, rows in results.items()
+                                if dict(keys)["start"] == start and dict(keys)["size"] == usual)
+                axis.plot(*zip(*points), marker="o", label=f"start from {start}")
+            axis.set(xscale="log", xlabel=f"codebook dimension e (K {usual})", title=column)
+            axis.legend(fontsize=8)
+        else:
+            names = [dict(keys)["strategy"] for keys in results]
+            axis.barh(names[::-1], [mean(rows, column) for rows in results.values()][::-1])
+            axis.set(title=column)
+            axis.tick_params(labelleft=axis is axes[0])
+    figure.tight_layout()
+    figure.savefig(args.out / "plot.png", dpi=90)
+    plt.close(figure)
+    print(f"{args.out}/table.md and {args.out}/plot.png")
+
+
 @contextmanager
 def one_sentence_errors():
     """End the program with a sentence, not a traceback, for what the user can mend."""
@@ -571,6 +703,9 @@ def one_sentence_errors():
 def main(argv=None):
     args = parse_args(argv)
     with one_sentence_errors():
+        if args.ablate:
+            ablate(args)
+            return
         config = settings_for(args, args.stage)
         if args.print_config:
             settings = {"stage": args.stage, "preset": args.preset, "seed": args.seed, **asdict(config)}

@@ -504,6 +504,11 @@ class VQRAE(nn.Module):
         with torch.autocast(features.device.type, enabled=False):
             return self.project_in(self.standardise(features.float()))
 
+    def features_of(self, z):
+        """The features (B, N, d) that project to z (B, N, e), by least squares: what codes say in the encoder's terms."""
+        inverse = torch.linalg.pinv(self.project_in.weight)  # (d, e)
+        return (z - self.project_in.bias) @ inverse.T * self.feature_std + self.feature_mean
+
     def grid(self, images):
         """Rows and columns of tokens of images (B, 3, H, W)."""
         return images.shape[-2] // self.config.encoder.patch_size, images.shape[-1] // self.config.encoder.patch_size
@@ -682,7 +687,7 @@ def resize_to(images, like):
     return F.interpolate(images, like.shape[-2:], mode="bicubic", antialias=True).clamp(0, 1)
 
 
-def stage1_loss(images, out, perceptual, perceptual_weight=1.1, generator=None):
+def stage1_loss(images, out, perceptual, perceptual_weight=1.1, quantizer_weight=1.0, generator=None):
     """Eq. 4, L_stage1 = l2 + 1.1 L_P + L_quant, and its terms as a dict of scalars.
 
     Eq. 2's adversarial term is off in stage 1 (Table 7). The target has the decoder's size when q differs from p.
@@ -690,10 +695,11 @@ def stage1_loss(images, out, perceptual, perceptual_weight=1.1, generator=None):
     reconstruction = out.reconstruction.float()
     target = resize_to(images, reconstruction)
     terms = {"mse": F.mse_loss(reconstruction, target)}
+    loss = terms["mse"] + quantizer_weight * (out.codebook_loss + out.commitment_loss)
     if perceptual is not None:
         terms["perceptual"] = perceptual(target, reconstruction, generator)
-    terms["codebook"], terms["commitment"] = out.codebook_loss, out.commitment_loss
-    return sum(terms[name] * (perceptual_weight if name == "perceptual" else 1) for name in terms), terms
+        loss = loss + perceptual_weight * terms["perceptual"]
+    return loss, terms | {"codebook": out.codebook_loss, "commitment": out.commitment_loss}
 
 
 class Discriminator(nn.Module):
@@ -764,14 +770,14 @@ def distillation_loss(features, teacher_features):
     return F.mse_loss(features.float(), teacher_features.float())
 
 
-def stage2_loss(images, out, perceptual, perceptual_weight=1.1, generator=None, teacher_features=None,
-                distillation_weight=1.0, discriminator=None, adversarial_weight=0.1):
+def stage2_loss(images, out, perceptual, perceptual_weight=1.1, quantizer_weight=1.0, generator=None,
+                teacher_features=None, distillation_weight=1.0, discriminator=None, adversarial_weight=0.1):
     """Eq. 6, L_stage2 = l2 + 1.1 L_P + 0.1 L_G + L_quant + L_distill, and its terms as a dict of scalars.
 
     Stage 1's loss plus what is given: `teacher_features` for the distillation, and once its time has come the
     `discriminator`, whose verdict on the reconstruction is L_G = -mean D(X').
     """
-    loss, terms = stage1_loss(images, out, perceptual, perceptual_weight, generator)
+    loss, terms = stage1_loss(images, out, perceptual, perceptual_weight, quantizer_weight, generator)
     if teacher_features is not None:
         terms["distillation"] = distillation_loss(out.features, teacher_features)
         loss = loss + distillation_weight * terms["distillation"]
@@ -861,18 +867,20 @@ def frechet_distance(x, y):
 
 
 @torch.enable_grad()
-def linear_probe(train_features, train_labels, test_features, test_labels, strengths=(0.001, 0.01, 0.1)):
-    """Accuracy in [0, 1] on the test set of multinomial logistic regression on standardised features (n, d).
+def linear_probe(train_features, train_labels, tests, test_labels, strengths=(0.001, 0.01, 0.1)):
+    """Multinomial logistic regression on standardised features (n, d) -> its accuracy in [0, 1] on each of `tests`.
 
-    `strengths` are values of C, the weight of the data against half the squared norm of the weights; the best of them
-    counts, as for the figures in the README. The problem is convex, so the answer does not depend on a seed.
+    `tests` is a list of features (m, d), several encoders' of the same m images: the probe is fitted once and applied to
+    all of them unchanged. `strengths` are values of C, the weight of the data against half the squared norm of the
+    weights; the one that is best for the first of `tests` counts, as for the figures in the README. The problem is
+    convex, so the answer does not depend on a seed.
     """
     mean, std = train_features.double().mean(0), train_features.double().std(0) + 1e-6
-    train, test = (train_features.double() - mean) / std, (test_features.double() - mean) / std
+    train, tests = (train_features.double() - mean) / std, [(test.double() - mean) / std for test in tests]
     classes = int(max(train_labels.max(), test_labels.max())) + 1
-    best = 0.0
     weight = torch.zeros(classes, train.shape[1], dtype=torch.float64, requires_grad=True)
     bias = torch.zeros(classes, dtype=torch.float64, requires_grad=True)
+    accuracies = []
     for C in strengths:  # from the strongest regularisation on, each solution is the start of the next
         optimizer = torch.optim.LBFGS([weight, bias], max_iter=300, tolerance_grad=1e-5, line_search_fn="strong_wolfe")
 
@@ -884,9 +892,63 @@ def linear_probe(train_features, train_labels, test_features, test_labels, stren
             return loss
 
         optimizer.step(closure)
-        accuracy = ((test @ weight.T + bias).argmax(1) == test_labels).double().mean().item()
-        best = max(best, accuracy)
-    return best
+        guesses = [(test @ weight.T + bias).argmax(1) for test in tests]  # (m,) each
+        accuracies.append([(guess == test_labels).double().mean().item() for guess in guesses])
+    return max(accuracies, key=lambda accuracy: accuracy[0])
+
+
+def nearest_neighbours(train_features, train_labels, test_features, test_labels, k=10):
+    """Accuracy in [0, 1] of the vote of the k training features (n, d) most similar in cosine to a test feature (m, d)."""
+    similarity = F.normalize(test_features.float(), dim=1) @ F.normalize(train_features.float(), dim=1).T  # (m, n)
+    similarity, index = similarity.topk(min(k, len(train_features)), dim=1)  # (m, k)
+    classes = int(max(train_labels.max(), test_labels.max())) + 1
+    votes = torch.zeros(len(test_features), classes).scatter_add_(1, train_labels[index], similarity)  # (m, classes)
+    return (votes.argmax(1) == test_labels).double().mean().item()
+
+
+@torch.no_grad()
+def understanding(model, teacher, train_images, test_images, batch_size=64, device="cpu", workers=0):
+    """What can be read off the features: {"teacher", "continuous", "discrete"} -> {measure: value}.
+
+    continuous: the model's Z_I; discrete: the features that its codes stand for; both, and the frozen teacher's, as
+    the mean over an image's tokens. For the labels of the two ImageSets ("category", and "subcategory" where there is):
+    NAME_transfer is the accuracy of a probe fitted to the teacher's training features and applied unchanged (the
+    paper's "without retraining"), NAME_probe that of one fitted to these features, NAME_neighbours that of 10 nearest
+    neighbours. cosine is the mean similarity of a token to the teacher's. Empty when there are fewer than two labels.
+    """
+    names = {}
+    for key in ("category", "subcategory"):
+        labels = [record.get(key, "") for images in (train_images, test_images) for record in images.records]
+        if len(set(labels)) > 1:
+            values = sorted(set(labels))
+            names[key] = torch.tensor([values.index(label) for label in labels]).split(
+                [len(train_images), len(test_images)])  # (n,), (m,)
+    if not names:
+        return {}
+    pooled = {"teacher": [], "continuous": [], "discrete": []}
+    cosines = {name: [] for name in pooled}
+    for images in (train_images, test_images):
+        for batch in images.batches(range(len(images)), batch_size, workers):
+            x = batch.to(device).float() / 255
+            out = model(x)
+            features = {"teacher": teacher(x), "continuous": out.features, "discrete": model.features_of(out.z_q)}
+            for name, tokens in features.items():  # (B, N, d)
+                pooled[name].append(tokens.mean(1).cpu())
+                if images is test_images:
+                    cosines[name].append(F.cosine_similarity(tokens, features["teacher"], dim=-1).mean(1).cpu())
+    pooled = {name: torch.cat(parts).split([len(train_images), len(test_images)]) for name, parts in pooled.items()}
+    result = {name: {} for name in pooled}
+    for key, (train_labels, test_labels) in names.items():
+        tests = [test for _, test in pooled.values()]
+        transferred = linear_probe(pooled["teacher"][0], train_labels, tests, test_labels)
+        for (name, (train, test)), transfer in zip(pooled.items(), transferred):
+            result[name][f"{key}_transfer"] = transfer
+            result[name][f"{key}_probe"] = (transfer if name == "teacher" else
+                                            linear_probe(train, train_labels, [test], test_labels)[0])
+            result[name][f"{key}_neighbours"] = nearest_neighbours(train, train_labels, test, test_labels)
+    for name, values in cosines.items():
+        result[name]["cosine"] = torch.cat(values).double().mean().item()
+    return result
 
 
 @torch.no_grad()
@@ -1144,6 +1206,7 @@ class TrainingConfig:
     perceptual: str = setting("vfm: the encoder's own features; lpips-convnext: the paper's networks, fetched on "
                               "first use", choices=["vfm", "lpips-convnext", "none"])
     perceptual_weight: float = setting("weight of the perceptual loss (paper: 1.1)")
+    quantizer_weight: float = setting("weight of the quantizer's two losses (paper: 1)")
     distillation_weight: float = setting("weight of Eq. 5 when the encoder trains (paper: 1)")
     adversarial_weight: float = setting("weight of the adversarial loss (paper: 0 in stage 1, 0.1 in stage 2)")
     discriminator_start: int = setting("step at which discriminator and adversarial loss set in")
@@ -1178,6 +1241,7 @@ TINY = TrainingConfig(
     projection_init="pixels",
     perceptual="vfm",
     perceptual_weight=1.1,
+    quantizer_weight=1.0,
     distillation_weight=0.0,
     adversarial_weight=0.0,
     discriminator_start=0,

@@ -254,7 +254,7 @@ def probe(encoder, size):
     for key in ("category", "subcategory"):
         names = sorted(set(labels["train", key] + labels["val", key]))
         numbers = {split: torch.tensor([names.index(name) for name in labels[split, key]]) for split in features}
-        scores.append(vqrae.linear_probe(features["train"], numbers["train"], features["val"], numbers["val"]))
+        scores.append(vqrae.linear_probe(features["train"], numbers["train"], [features["val"]], numbers["val"])[0])
     return scores
 
 
