@@ -1172,6 +1172,18 @@ def test_a_probe_is_fitted_once_and_applied_to_other_features_unchanged():
     assert own == same > 0.85 and turned < 0.2
 
 
+def test_codes_are_not_spent_on_plain_patches():
+    model = small_model(codebook_size=64, codebook_dim=24)
+    generator = torch.Generator().manual_seed(0)
+    features, patches = torch.randn(4000, 24, generator=generator), torch.rand(4000, 48, generator=generator)
+    features[:2000, 0] += 20  # plain patches are half of all, and the encoder tells them apart from the others
+    patches[:2000] = patches[:2000, :1]
+    model.start(features, patches, "data", "random", generator)
+    with torch.no_grad():
+        codes = model.features_of(model.quantizer.lookup(torch.arange(64)))
+    assert 1 <= (codes[:, 0] > 10).sum() < 16
+
+
 @given(seed=seeds, e=st.integers(24, 40))
 def test_projected_features_can_be_had_back_when_e_is_at_least_d(seed, e):
     model = small_model(seed, codebook_dim=e)

@@ -549,7 +549,13 @@ class VQRAE(nn.Module):
         if projection_init == "pixels":
             self.start_projections(self.standardise(features), patches, generator)
         if codebook_init == "data" and not isinstance(self.quantizer, NoQuantizer):
-            start_codebook(self.quantizer, self.project_features(features), generator=generator)
+            # Plain patches are many, and a decoder paints them alike whatever the encoder has to say of them. Left with
+            # all of them, k-means spends a fifth of the codes there, and those die first once the encoder trains.
+            spread = patches.unflatten(1, (3, -1)).std(2).amax(1)  # (n,)
+            kept = (spread > 0.01) | (torch.rand(len(spread), generator=generator).to(spread.device) < 0.1)
+            if kept.sum() < len(self.quantizer.codebook):
+                kept[:] = True  # too few others to start from
+            start_codebook(self.quantizer, self.project_features(features[kept]), generator=generator)
 
     def start_projections(self, features, patches, generator):
         """`--projection-init pixels`: a distance between two z is half one of features, half one of what they tell.
@@ -887,7 +893,7 @@ def linear_probe(train_features, train_labels, tests, test_labels, strengths=(0.
         def closure():
             optimizer.zero_grad()
             logits = train @ weight.T + bias  # (n, classes)
-            loss = F.cross_entropy(logits, train_labels, reduction="sum") + weight.pow(2).sum() / (2 * C)
+            loss = F.cross_entropy(logits, train_labels) + weight.pow(2).sum() / (2 * C * len(train))
             loss.backward()
             return loss
 
