@@ -1260,7 +1260,7 @@ def test_the_rows_of_the_ablations_are_those_of_the_papers_tables():
     assert {e for e, size in shapes if size == K} >= {16, d, 2 * d} and {size for e, size in shapes if e == d} >= {512, K, 16384}
     assert {row["start"] for row, _, _ in rows} == {"data", "gaussian"}
     for _, _, runs in train.strategy_rows(train.parse_args(["--ablate", "strategy"])):
-        assert sum(changes["steps"] for _, changes in runs) == 600
+        assert sum(changes["steps"] for _, changes in runs) == 400
 
 
 # --- sample.py ---

@@ -567,7 +567,7 @@ def codebook_rows(args):
 
     Every row is its name, its seed and the runs it takes, each a stage and what it changes in the settings.
     """
-    base, steps = settings_for(args, "1"), args.steps or 300
+    base, steps = settings_for(args, "1"), args.steps or 200
     d, K = vqrae.load_encoder(base.encoder).config.width, base.codebook_size
     shapes = [(16, K), (d // 4, K), (d // 2, K), (d, K), (2 * d, K), (d, 512), (d, 2048), (d, 16384)]
     for init in ("data", "gaussian"):
@@ -583,7 +583,7 @@ def strategy_rows(args):
     All rows take the same number of steps and no adversarial loss; the first row, a frozen encoder, is not the paper's.
     """
     rate = settings_for(args, "2").encoder_learning_rate
-    half = (args.steps or 600) // 2
+    half = (args.steps or 400) // 2
     for name, runs in {
         "encoder frozen throughout": [("1", {"steps": 2 * half})],
         "end to end, no distillation": [("1", {"steps": 2 * half, "encoder_learning_rate": rate})],
