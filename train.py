@@ -80,7 +80,7 @@ def parse_args(argv=None):
 
 
 def settings_for(args, stage):
-    """The preset's TrainingConfig of a stage, changed by the flags that were given; InputError for the other stage's."""
+    """The preset's TrainingConfig of a stage, changed by the flags given; InputError for those of the other stage."""
     if stage == "1" and args.init:
         raise InputError("--init is for --stage 2; stage 1 starts from --encoder")
     given = {field.name: getattr(args, field.name) for field in fields(vqrae.TrainingConfig)
@@ -433,7 +433,8 @@ def train(run):
 
     keys = vqrae.TrainingOrder(len(run.train_images), args.seed, run.done * config.batch_size)
     batches = iter(run.train_images.batches(keys, config.batch_size, run.workers))
-    bar = tqdm(total=config.steps, initial=run.done, desc=f"stage {args.stage}", unit="step", dynamic_ncols=True, mininterval=1)
+    bar = tqdm(total=config.steps, initial=run.done, desc=f"stage {args.stage}", unit="step", dynamic_ncols=True,
+               mininterval=1)
     timed_steps, timer, saved = 0, time.time(), run.done
     with stop_signals() as stopped:
         while run.done < config.steps and not stopped:
@@ -609,36 +610,42 @@ def ablate(args):
 
     What is done is not done again: the same command goes on where it stopped, row by row and step by step.
     """
+    if args.overwrite or args.init:
+        raise InputError("--ablate takes neither --overwrite nor --init; another --out starts it anew")
     make_rows, columns = ABLATIONS[args.ablate]
     rows, results = list(make_rows(args)), {}
     for number, (keys, seed, stages) in enumerate(rows, 1):
         name = "-".join(str(value).replace(",", "").replace(" ", "_") for value in keys.values())
         folder = args.out / f"{name}-seed{seed}"
-        settings = [[stage, changes] for stage, changes in stages]  # as JSON gives it back
         print(f"row {number} of {len(rows)}: {', '.join(f'{key} {value}' for key, value in keys.items())}, seed {seed}")
+        configs = [(stage, replace(settings_for(args, stage), **changes)) for stage, changes in stages]
+        settings = json.loads(json.dumps([[stage, asdict(config)] for stage, config in configs]))
         if not (folder / "row.json").exists():
-            run = None
-            for stage, changes in stages:
-                run_args = argparse.Namespace(**{
-                    **vars(args), "stage": stage, "seed": seed, "init": folder / "stage1" if stage == "2" else None,
-                    "out": folder / f"stage{stage}", "resume": True})
-                run = Run(run_args, replace(settings_for(run_args, stage), **changes))
-                if not (run_args.out / "summary.json").exists():
-                    train(run)
-                else:
-                    run.load()
-            result = vqrae.read_json(run.args.out / "summary.json")
-            if args.ablate == "strategy":
-                read = vqrae.understanding(run.average, run.teacher, run.train_images, run.val_images,
-                                           device=run.device, workers=run.workers)
-                result.update(read.get("continuous", {}))
-            replace_text(folder / "row.json", json.dumps({"stages": settings, **result}, indent=2) + "\n")
+            result = run_row(args, folder, seed, configs)
+            replace_text(folder / "row.json", json.dumps({"settings": settings, **result}, indent=2) + "\n")
         row = vqrae.read_json(folder / "row.json")
-        if row.get("stages") != settings:
-            raise InputError(f"{folder}/row.json is of a run with {row.get('stages')}, not {settings}: choose another "
-                             "--out")
+        if row.get("settings") != settings:
+            raise InputError(f"{folder} was run with other settings than these; choose another --out")
         results.setdefault(tuple(keys.items()), []).append(row)
     write_ablation(args, results, columns)
+
+
+def run_row(args, folder, seed, configs):
+    """Train the stages of one row of an ablation, or what is left of them, and return the last one's figures."""
+    for stage, config in configs:
+        init = folder / "stage1" if stage == "2" else None
+        run = Run(argparse.Namespace(**{**vars(args), "stage": stage, "seed": seed, "init": init, "resume": True,
+                                        "out": folder / f"stage{stage}"}), config)
+        if (run.args.out / "summary.json").exists():
+            run.load()
+        else:
+            train(run)
+    result = vqrae.read_json(run.args.out / "summary.json")
+    if args.ablate == "strategy":
+        read = vqrae.understanding(run.average, run.teacher, run.train_images, run.val_images, device=run.device,
+                                   workers=run.workers)
+        result.update(read.get("continuous", {}))
+    return result
 
 
 def write_ablation(args, results, columns):
@@ -675,7 +682,7 @@ def write_ablation(args, results, columns):
             for start in ("data", "gaussian"):
                 points = sorted((dict(keys)["dimension"], mean(rows, column)) for keys, rows in results.items()
                                 if dict(keys)["start"] == start and dict(keys)["size"] == usual)
-                axis.plot(*zip(*points), marker="o", label=f"start from {start}")
+                axis.plot([x for x, _ in points], [y for _, y in points], marker="o", label=f"start from {start}")
             axis.set(xscale="log", xlabel=f"codebook dimension e (K {usual})", title=column)
             axis.legend(fontsize=8)
         else:

@@ -505,7 +505,7 @@ class VQRAE(nn.Module):
             return self.project_in(self.standardise(features.float()))
 
     def features_of(self, z):
-        """The features (B, N, d) that project to z (B, N, e), by least squares: what codes say in the encoder's terms."""
+        """The features (B, N, d) that project to z (B, N, e), by least squares: codes in the encoder's own terms."""
         inverse = torch.linalg.pinv(self.project_in.weight)  # (d, e)
         return (z - self.project_in.bias) @ inverse.T * self.feature_std + self.feature_mean
 
@@ -876,8 +876,8 @@ def frechet_distance(x, y):
 def linear_probe(train_features, train_labels, tests, test_labels, strengths=(0.001, 0.01, 0.1)):
     """Multinomial logistic regression on standardised features (n, d) -> its accuracy in [0, 1] on each of `tests`.
 
-    `tests` is a list of features (m, d), several encoders' of the same m images: the probe is fitted once and applied to
-    all of them unchanged. `strengths` are values of C, the weight of the data against half the squared norm of the
+    `tests` is a list of features (m, d), several encoders' of the same m images: the probe is fitted once and applied
+    to all of them unchanged. `strengths` are values of C, the weight of the data against half the squared norm of the
     weights; the one that is best for the first of `tests` counts, as for the figures in the README. The problem is
     convex, so the answer does not depend on a seed.
     """
@@ -904,7 +904,7 @@ def linear_probe(train_features, train_labels, tests, test_labels, strengths=(0.
 
 
 def nearest_neighbours(train_features, train_labels, test_features, test_labels, k=10):
-    """Accuracy in [0, 1] of the vote of the k training features (n, d) most similar in cosine to a test feature (m, d)."""
+    """Accuracy in [0, 1] on features (m, d) of the vote of their k most similar training features (n, d), in cosine."""
     similarity = F.normalize(test_features.float(), dim=1) @ F.normalize(train_features.float(), dim=1).T  # (m, n)
     similarity, index = similarity.topk(min(k, len(train_features)), dim=1)  # (m, k)
     classes = int(max(train_labels.max(), test_labels.max())) + 1
