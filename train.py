@@ -493,6 +493,8 @@ def finish(run, lines, earlier, begin):
     config, out = run.config, run.args.out
     run.average.save_pretrained(out)
     summary = run.evaluate(frechet_encoder=run.teacher)
+    if "val_frechet" in summary:  # named after its features, the frozen encoder's
+        summary["val_frechet_teacher"] = summary.pop("val_frechet")
     lines[-1].update(summary)
     replace_text(out / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
     if config.quantizer != "none":
@@ -599,9 +601,9 @@ def strategy_rows(args):
 ABLATIONS = {
     # rows, and the columns of the table
     "codebook": (codebook_rows, ["train_utilization", "train_perplexity", "val_perplexity", "val_psnr", "val_ssim",
-                                 "val_frechet"]),
-    "strategy": (strategy_rows, ["val_psnr", "val_ssim", "val_frechet", "train_utilization", "category_transfer",
-                                 "category_probe", "category_neighbours", "cosine"]),
+                                 "val_frechet_teacher"]),
+    "strategy": (strategy_rows, ["val_psnr", "val_ssim", "val_frechet_teacher", "train_utilization",
+                                 "category_transfer", "category_probe", "category_neighbours", "cosine"]),
 }
 
 
