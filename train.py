@@ -656,10 +656,10 @@ def write_ablation(args, results, columns):
     for keys, rows in results.items():
         cells = [str(value) for _, value in keys] + [str(len(rows))]
         for column in columns:
-            values = torch.tensor([row.get(column, math.nan) for row in rows], dtype=torch.float64)
+            values = torch.tensor([row[column] for row in rows if column in row], dtype=torch.float64)
             digits = 1 if "perplexity" in column else 2 if "psnr" in column else 3
-            spread = f" ± {values.std():.{digits}f}" if len(rows) > 1 else ""
-            cells.append(f"{values.mean():.{digits}f}{spread}")
+            spread = f" ± {values.std():.{digits}f}" if len(values) > 1 else ""
+            cells.append(f"{values.mean():.{digits}f}{spread}" if len(values) else "-")
         if not lines:
             names = [key for key, _ in keys] + ["seeds"] + columns
             lines += ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
