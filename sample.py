@@ -1,6 +1,7 @@
 """Look at a trained VQRAE.
 
     python sample.py reconstruct cat.jpg dog.png --model out/stage1 --out out/pictures
+    python sample.py reconstruct --model out/stage1 --beside out/stage2      # held-out emoji, two models side by side
     python sample.py evaluate --model out/stage1                # held-out emoji: PSNR, SSIM, Frechet distance, codes
     python sample.py evaluate --model out/stage1 --data my/photos --split all
     python sample.py codes --model out/stage1                   # what single codes stand for
@@ -22,9 +23,20 @@ from train import above, choose_device, one_sentence_errors
 from vqrae import InputError
 
 
+@torch.no_grad()
 def reconstruct(args, model, device):
-    """Write NAME.png for every image file, original left and reconstruction right."""
+    """Write NAME.png for every image file: the original, then what the model makes of it, and any model --beside it.
+
+    Without files, reconstructions.png shows images from all over a split of --data.
+    """
+    models = [model] + [vqrae.VQRAE.from_pretrained(folder).to(device) for folder in args.beside]
     args.out.mkdir(parents=True, exist_ok=True)
+    if not args.images:
+        images = vqrae.ImageSet(args.data, args.split, args.image_size).spread(24).to(device)
+        versions = [images] + [model(images).reconstruction for model in models]
+        vqrae.save_side_by_side(versions, args.out / "reconstructions.png", columns=max(1, 8 - len(versions)))
+        print(f"{args.out}/reconstructions.png")
+        return
     written = set()
     for path in args.images:
         try:
@@ -33,15 +45,14 @@ def reconstruct(args, model, device):
             print(f"skipped: {error}", file=sys.stderr)
             continue
         images = source[None].to(device).float() / 255  # (1, 3, H, W)
-        with torch.no_grad():
-            output = model(images).reconstruction
+        outputs = [model(images).reconstruction for model in models]
         name = path.stem
         while name in written:  # a/cat.png and b/cat.png must not share one picture
             name += "_"
         written.add(name)
-        vqrae.save_pairs(images, output, args.out / f"{name}.png", columns=1, side=max(256, args.image_size))
-        score = vqrae.psnr(vqrae.resize_to(images, output), vqrae.eight_bits(output)).item()
-        print(f"{args.out / name}.png: PSNR {score:.2f} dB")
+        vqrae.save_side_by_side([images, *outputs], args.out / f"{name}.png", columns=1, side=max(256, args.image_size))
+        scores = [vqrae.psnr(vqrae.resize_to(images, y), vqrae.eight_bits(y)).item() for y in outputs]
+        print(f"{args.out / name}.png: PSNR {', '.join(f'{score:.2f}' for score in scores)} dB")
     if not written:
         raise InputError("none of the given files could be read as an image")
 
@@ -193,8 +204,9 @@ def parse_args(argv=None):
         sub.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
         sub.add_argument("--out", type=Path, default=Path("out/pictures"), help="folder for the pictures")
         if command is reconstruct:
-            sub.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="image files of any kind")
-            continue
+            sub.add_argument("images", type=Path, nargs="*", metavar="IMAGE", help="image files of any kind")
+            sub.add_argument("--beside", type=Path, action="append", default=[], metavar="MODEL",
+                             help="another model to show beside; may be given more than once")
         sub.add_argument("--data", default=str(vqrae.ROOT / "data/emoji"), help="folder of images (default: the emoji)")
         sub.add_argument("--split", choices=["val", "train", "all"], default="val", help="val: the held-out images")
         sub.add_argument("--batch-size", type=above(int, 1), default=64)

@@ -1282,6 +1282,16 @@ def test_reconstruct_writes_a_picture_for_every_readable_file(saved_model, tmp_p
     assert "broken.png" in capsys.readouterr().err
 
 
+def test_reconstruct_without_files_shows_a_split_and_models_side_by_side(saved_model, photo_folder, tmp_path):
+    small_model(seed=1).save_pretrained(tmp_path / "other")
+    sizes = []
+    for beside in ([], ["--beside", str(tmp_path / "other")]):
+        sample.main(["reconstruct", "--model", str(saved_model), "--data", str(photo_folder), "--split", "all",
+                     "--out", str(tmp_path), "--device", "cpu", *beside])
+        sizes.append(Image.open(tmp_path / "reconstructions.png").size)
+    assert sizes[0] != sizes[1]
+
+
 def test_evaluate_prints_a_table_and_json_and_names_the_frechet_encoder(saved_model, photo_folder, encoder_folder,
                                                                          capsys, monkeypatch):
     monkeypatch.setattr(sample, "lpips_distance", lambda device: None)  # would ask the network for VGG16

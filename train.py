@@ -31,7 +31,6 @@ import vqrae
 from vqrae import InputError
 
 START_TOKENS = 65536  # features that the codebook's start looks at, and four to a code if that is more
-SHOWN = 24  # pairs in reconstructions.png
 
 
 def above(kind, lowest):
@@ -123,11 +122,11 @@ class Run:
         if args.stage == "1":
             self.model = self.new_model()
         else:
-            self.model = vqrae.VQRAE.from_pretrained(args.init or "out/stage1")
+            self.init = args.init or Path("out/stage1")
+            self.model = vqrae.VQRAE.from_pretrained(self.init)
             for name in vqrae.FIXED_BY_STAGE_1:
                 setattr(config, name, getattr(self.model.config, name, None))
-            weights = Path(args.init or "out/stage1", "model.safetensors").read_bytes()
-            self.init_digest = hashlib.sha256(weights).hexdigest()
+            self.init_digest = hashlib.sha256((self.init / "model.safetensors").read_bytes()).hexdigest()
         self.train_images = vqrae.ImageSet(config.data, "train", config.image_size)
         self.val_images = vqrae.ImageSet(config.data, "val", config.image_size)
         workers = 0 if self.train_images.from_sheets else min(4, os.cpu_count() or 1)
@@ -404,11 +403,13 @@ def draw_curves(lines, path):
 
 @torch.no_grad()
 def draw_reconstructions(run):
-    """Held-out originals and reconstructions, in pairs, spread over the whole split."""
-    count = min(SHOWN, len(run.val_images))
-    keys = [i * len(run.val_images) // count for i in range(count)]
-    images = torch.cat(list(run.val_images.batches(keys, run.config.batch_size))).to(run.device).float() / 255
-    vqrae.save_pairs(images, run.average(images).reconstruction, run.args.out / "reconstructions.png")
+    """Held-out originals and reconstructions side by side; in stage 2 those of the model before come between."""
+    images = run.val_images.spread(24).to(run.device)
+    models = [run.average]
+    if run.args.stage == "2":
+        models.insert(0, vqrae.VQRAE.from_pretrained(run.init).to(run.device))
+    versions = [images] + [model(images).reconstruction for model in models]
+    vqrae.save_side_by_side(versions, run.args.out / "reconstructions.png", columns=8 - len(versions))
 
 
 def train(run):
@@ -510,7 +511,7 @@ def finish(run, lines, earlier, begin):
                    device=run.device.type, **settings)
     replace_text(out / "summary.json", json.dumps(summary, indent=2) + "\n")
     print(json.dumps(summary, indent=2))
-    print(f"pictures: {out}/reconstructions.png (originals left, reconstructions right) and {out}/curves.png")
+    print(f"pictures: {out}/reconstructions.png (originals left, then reconstructions) and {out}/curves.png")
 
 
 def matmul_rate(device, dtype, side=2048, seconds=1.0):

@@ -1135,6 +1135,12 @@ class ImageSet(torch.utils.data.Dataset):
         """Items -> images (B, 3, size, size) and the names of unreadable files."""
         return torch.stack([image for image, _ in items]), [name for _, names in items for name in names]
 
+    def spread(self, count):
+        """Up to `count` images from all over the set, as floats (count, 3, size, size) in [0, 1]."""
+        count = min(count, len(self))
+        keys = [i * len(self) // count for i in range(count)]
+        return torch.cat(list(self.batches(keys, count))).float() / 255
+
     def batches(self, keys, batch_size, workers=0):
         """Yield the images of the keys, in their order, as uint8 tensors (up to batch_size, 3, size, size)."""
         loader = torch.utils.data.DataLoader(self, batch_size, sampler=keys, num_workers=workers,
@@ -1166,18 +1172,21 @@ class TrainingOrder:
                 position += 1
 
 
-def save_pairs(originals, reconstructions, path, columns=6, side=128):
-    """Write a PNG of pairs, original left and reconstruction right, for lists of images (3, H, W) in [0, 1]."""
+def save_side_by_side(versions, path, columns=6, side=128):
+    """Write a PNG that shows every image in all its versions: originals, then one or more reconstructions of them.
+
+    versions: lists of as many images (3, H, W) in [0, 1]; `columns` such groups to a row, every image of `side` pixels.
+    """
     gap, margin = 4, 12
-    rows = -(-len(originals) // columns)
-    size = (columns * (2 * side + gap + margin) + margin, rows * (side + margin) + margin)
-    canvas = Image.new("RGB", size, "#d0d0d0")
-    for i, pair in enumerate(zip(originals, reconstructions)):
-        for half, image in enumerate(pair):
+    group = len(versions) * (side + gap) - gap + margin  # width of one image's versions
+    rows = -(-len(versions[0]) // columns)
+    canvas = Image.new("RGB", (columns * group + margin, rows * (side + margin) + margin), "#d0d0d0")
+    for i, images in enumerate(zip(*versions)):
+        for place, image in enumerate(images):
             image = pixels.to_pil_image(eight_bits(image.cpu().float()))
             whole = side % image.width == 0  # then every pixel can become a square of pixels
             image = image.resize((side, side), Image.NEAREST if whole else Image.LANCZOS)
-            x = margin + i % columns * (2 * side + gap + margin) + half * (side + gap)
+            x = margin + i % columns * group + place * (side + gap)
             canvas.paste(image, (x, margin + i // columns * (side + margin)))
     canvas.save(path)
 
