@@ -882,6 +882,25 @@ def test_a_loss_that_is_not_a_number_stops_with_a_sentence_and_keeps_the_last_ch
     assert state["done"] == 3 and all(torch.isfinite(t).all() for t in state["model"].values())
 
 
+def test_a_full_disk_is_one_sentence_and_keeps_the_checkpoint_before(short_run, tmp_path, monkeypatch):
+    real, calls = torch.save, []
+
+    def save(state, file):
+        calls.append(1)
+        if len(calls) == 2:
+            file.write(b"half of it")
+            raise OSError(28, "No space left on device")
+        real(state, file)
+
+    monkeypatch.setattr(torch, "save", save)
+    with pytest.raises(SystemExit, match="cannot write .*No space left on device.*the checkpoint before it is kept"):
+        train.main(short_run)
+    assert [path.name for path in (tmp_path / "run/checkpoint").iterdir()] == ["state.pt"]
+    monkeypatch.undo()
+    train.main(short_run + ["--resume"])
+    assert torch.load(tmp_path / "run/checkpoint/state.pt", weights_only=True)["done"] == 6
+
+
 def test_the_learning_rate_warms_up_and_then_falls_to_its_end_value(short_run):
     run = make_run(short_run)
     run.config.steps, run.config.warmup_steps = 1000, 100
