@@ -687,6 +687,9 @@ def write_ablation(args, results, columns):
                                 if dict(keys)["start"] == start and dict(keys)["size"] == usual)
                 axis.plot([x for x, _ in points], [y for _, y in points], marker="o", label=f"start from {start}")
             axis.set(xscale="log", xlabel=f"codebook dimension e (K {usual})", title=column)
+            dimensions = sorted({dict(keys)["dimension"] for keys in results})
+            axis.set_xticks(dimensions, dimensions)
+            axis.minorticks_off()
             axis.legend(fontsize=8)
         else:
             names = [dict(keys)["strategy"] for keys in results]
