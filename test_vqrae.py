@@ -333,7 +333,7 @@ def test_a_damaged_encoder_is_one_sentence_with_its_path(tmp_path, damage, sente
 
 def test_an_encoder_that_is_nowhere_is_one_sentence(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(InputError, match="no encoder at 'nobody/nothing'"):
+    with pytest.raises(InputError, match="no model at 'nobody/nothing'"):
         vqrae.load_encoder("nobody/nothing")
 
 
@@ -1228,6 +1228,144 @@ def test_without_labels_there_is_nothing_to_understand(tmp_path, photo_folder):
         (tmp_path / "flat" / path.name).write_bytes(path.read_bytes())
     images = vqrae.ImageSet(tmp_path / "flat", "all", 16)
     assert vqrae.understanding(small_model(), small_model().encoder, images, images) == {}
+
+
+# --- generation: section 3.5 ---
+
+
+def small_lm(seed=0, **changes):
+    torch.manual_seed(seed)
+    config = {"text_vocabulary": 30, "codebook_size": 20, "width": 32, "depth": 2, "heads": 4, "kv_heads": 2,
+              "head_width": 16, "mlp_width": 48, **changes}
+    model = vqrae.VisualLM(vqrae.LMConfig(**config)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():  # at 0.02 every logit would be nearly 0 and every property nearly true
+            parameter.mul_(8 if parameter.dim() == 2 else 1)
+    return model
+
+
+@pytest.fixture(scope="module")
+def qwen3_twin(tmp_path_factory):
+    """A small random Qwen3 of transformers', and the folder it was saved in."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    torch.manual_seed(0)
+    twin = Qwen3ForCausalLM(Qwen3Config(
+        vocab_size=50, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
+        intermediate_size=48, rope_theta=1e6, tie_word_embeddings=True, attention_bias=False, use_sliding_window=False,
+        initializer_range=0.3)).eval()
+    with torch.no_grad():
+        for name, parameter in twin.named_parameters():
+            if "norm" in name:
+                parameter.uniform_(0.5, 1.5)
+    folder = tmp_path_factory.mktemp("qwen3")
+    twin.save_pretrained(folder)
+    return twin, folder
+
+
+@given(seed=seeds, batch=st.integers(1, 3), length=st.integers(1, 20))
+def test_logits_equal_those_of_transformers_qwen3(qwen3_twin, seed, batch, length):
+    twin, folder = qwen3_twin
+    model = vqrae.load_qwen3(folder, codebook_size=7)
+    tokens = torch.randint(50, (batch, length), generator=torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        assert (model(tokens)[..., :50] - twin(tokens).logits).abs().max() < 1e-4
+
+
+def test_a_greedy_continuation_is_transformers_own_token_for_token(qwen3_twin):
+    twin, folder = qwen3_twin
+    model = vqrae.load_qwen3(folder, codebook_size=7)
+    model.config.text_vocabulary = 0  # every token may follow, as in the twin
+    with torch.no_grad():
+        model.embedding.weight[50:] = 0
+    prompt = torch.tensor([[3, 1, 4, 1, 5]])
+    theirs = twin.generate(prompt, max_new_tokens=24, do_sample=False, eos_token_id=None, pad_token_id=0)[0, 5:]
+    assert torch.equal(model.generate(prompt.tolist(), 24, temperature=0)[0], theirs)
+
+
+@given(seed=seeds, at=st.integers(1, 9))
+def test_future_tokens_cannot_change_past_logits(seed, at):
+    model = small_lm(seed)
+    tokens = torch.randint(50, (2, 10), generator=torch.Generator().manual_seed(seed))
+    changed = tokens.clone()
+    changed[:, at:] = (changed[:, at:] + 1) % 50
+    with torch.no_grad():
+        before, after = model(tokens), model(changed)
+    assert torch.equal(before[:, :at], after[:, :at]) and not torch.equal(before[:, at:], after[:, at:])
+
+
+@given(seed=seeds, cfg_scale=st.sampled_from([1.0, 3.0]), top_k=st.sampled_from([0, 5]),
+       lengths=st.lists(st.integers(1, 6), min_size=1, max_size=3))
+def test_the_cache_and_the_padding_change_nothing(seed, cfg_scale, top_k, lengths):
+    model, generator = small_lm(seed), torch.Generator().manual_seed(seed)
+    prompts = [torch.randint(30, (length,), generator=generator).tolist() for length in lengths]
+    draw = {"cfg_scale": cfg_scale, "top_k": top_k, "temperature": 0}
+    together = model.generate(prompts, 8, without=[0], **draw)
+    for prompt, found in zip(prompts, together):
+        codes = []
+        for _ in range(8):  # one prompt at a time, all logits anew, no cache
+            with torch.no_grad():
+                logits = model(torch.tensor([prompt + [30 + code for code in codes]]))[0, -1, 30:]
+                if cfg_scale != 1:
+                    plain = model(torch.tensor([[0] + [30 + code for code in codes]]))[0, -1, 30:]
+                    logits = plain + cfg_scale * (logits - plain)
+            codes.append(int(logits.argmax()))
+        assert found.tolist() == codes
+
+
+def test_only_codes_are_generated_and_a_seed_repeats_them():
+    model = small_lm()
+    draws = [model.generate([[1, 2], [3]], 12, generator=torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)]
+    assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
+    assert draws[0].shape == (2, 12) and 0 <= draws[0].min() and draws[0].max() < 20
+
+
+@given(seed=seeds, top_k=st.integers(0, 8), top_p=st.floats(0.05, 1), temperature=st.floats(0.2, 2))
+def test_top_k_and_top_p_leave_the_likeliest_codes(seed, top_k, top_p, temperature):
+    logits = torch.randn(1, 8, generator=torch.Generator().manual_seed(seed))
+    drawn = {int(vqrae.choose(logits, temperature, top_k, top_p, torch.Generator().manual_seed(s))) for s in range(60)}
+    share = np.exp(logits[0].double().numpy() / temperature)
+    order = np.argsort(-share)[:top_k or 8]  # top-k first, then top-p of what it leaves
+    before = np.cumsum(share[order] / share[order].sum()) - share[order] / share[order].sum()
+    assert drawn <= set(order[before < top_p + 1e-6].tolist())
+
+
+@given(seed=seeds, text=st.integers(1, 4), codes=st.integers(1, 5))
+def test_the_loss_is_the_cross_entropy_of_visual_tokens_alone(seed, text, codes):
+    model, generator = small_lm(seed), torch.Generator().manual_seed(seed)
+    tokens = torch.cat([torch.randint(30, (2, text), generator=generator),
+                        torch.randint(30, 50, (2, codes), generator=generator)], dim=1)
+    with torch.no_grad():
+        log_p = model(tokens).double().log_softmax(-1)
+        expected = -np.mean([log_p[b, i - 1, tokens[b, i]].item() for b in range(2) for i in range(text, text + codes)])
+        assert model.loss(tokens).item() == pytest.approx(expected, abs=1e-4)
+
+
+def test_the_memory_of_the_cache_is_allocated_once(monkeypatch):
+    caches, real = [], vqrae.KeyValueCache.__init__
+
+    def remember(cache, *rest):
+        real(cache, *rest)
+        caches.append((cache, cache.memory.data_ptr()))
+
+    monkeypatch.setattr(vqrae.KeyValueCache, "__init__", remember)
+    small_lm().generate([[1, 2, 3]], 10)
+    ((cache, where),) = caches
+    assert cache.memory.data_ptr() == where and cache.length == cache.memory.shape[4] - 1
+
+
+@pytest.mark.parametrize("damage, sentence", [
+    (lambda folder: edit(folder / "config.json", '"qwen3"', '"llama"'), "is of type 'llama'"),
+    (lambda folder: (folder / "model.safetensors").write_bytes(b"damaged"), "cannot read the weights"),
+    (lambda folder: edit(folder / "config.json", '"num_hidden_layers": 3', '"num_hidden_layers": 4'), "has no tensor"),
+])
+def test_a_damaged_qwen3_is_one_sentence(qwen3_twin, tmp_path, damage, sentence):
+    import shutil
+
+    shutil.copytree(qwen3_twin[1], tmp_path / "copy")
+    damage(tmp_path / "copy")
+    with pytest.raises(InputError, match=sentence):
+        vqrae.load_qwen3(tmp_path / "copy", codebook_size=7)
 
 
 # --- Tables 5 and 6 in small ---

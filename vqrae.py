@@ -224,20 +224,26 @@ def load_weights(module, weights, path):
     module.load_state_dict({name: weights[name] for name in module.state_dict()})
 
 
-def load_encoder(source):
-    """Load a DINOv2 checkpoint: a folder in the hub's layout (config.json + model.safetensors), or a hub id.
-
-    Returns an Encoder in eval mode and float32. Raises InputError when the source cannot be had or does not fit.
-    """
+def hub_folder(source):
+    """A local folder as it is, or a download of the hub's model of this name; InputError says why there is none."""
     folder = Path(source)
     if not folder.is_dir():
         from huggingface_hub import snapshot_download
 
         try:
-            folder = Path(snapshot_download(str(source), allow_patterns=["*config.json", "model.safetensors"]))
+            folder = Path(snapshot_download(str(source), allow_patterns=["*.json", "*.safetensors"]))
         except Exception as error:  # offline, no such id, no permission: huggingface_hub has many ways to say no
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise InputError(f"no encoder at {source!r}: not a folder, and the hub says: {reason}") from None
+            raise InputError(f"no model at {source!r}: not a folder, and the hub says: {reason}") from None
+    return folder
+
+
+def load_encoder(source):
+    """Load a DINOv2 checkpoint: a folder in the hub's layout (config.json + model.safetensors), or a hub id.
+
+    Returns an Encoder in eval mode and float32. Raises InputError when the source cannot be had or does not fit.
+    """
+    folder = hub_folder(source)
     hub = read_json(folder / "config.json")
     if hub.get("model_type") != "dinov2" or hub.get("use_swiglu_ffn") or hub.get("hidden_act") != "gelu":
         kind = hub.get("model_type")
@@ -793,6 +799,240 @@ def stage2_loss(images, out, perceptual, perceptual_weight=1.1, quantizer_weight
         discriminator.requires_grad_(True)
         loss = loss + adversarial_weight * terms["adversarial"]
     return loss, terms
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Section 3.5, "Visual Generation with VQRAE": Qwen3 predicts codes one after the other
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class LMConfig:
+    """Sizes of a Qwen3 transformer, and how many visual codes follow its text tokens in the vocabulary."""
+
+    text_vocabulary: int  # rows of the text embedding; code k is token text_vocabulary + k
+    codebook_size: int  # K
+    width: int
+    depth: int
+    heads: int
+    kv_heads: int  # several query heads share a key and value head
+    head_width: int
+    mlp_width: int
+    rope_theta: float = 1e6
+    norm_eps: float = 1e-6
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean x^2) over the last dimension, in float32, times a learned weight."""
+
+    def __init__(self, width, eps):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
+
+    def forward(self, x):
+        y = x.float()
+        return self.weight * (y * (y.pow(2).mean(-1, keepdim=True) + self.eps).rsqrt()).to(x.dtype)
+
+
+def rotate(x, angle):
+    """Rotary positions: x (..., n, h), its channel j turned with channel j + h/2 by angle (n, h/2)."""
+    a, b = x.float().chunk(2, dim=-1)  # (..., n, h/2) each
+    return torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], dim=-1).to(x.dtype)
+
+
+class KeyValueCache:
+    """Keys and values of all earlier tokens, for every layer, in memory that is allocated once."""
+
+    def __init__(self, config, batch, length, device, dtype):
+        shape = (config.depth, 2, batch, config.kv_heads, length, config.head_width)
+        self.memory, self.length = torch.zeros(shape, device=device, dtype=dtype), 0
+
+    def extend(self, layer, k, v):
+        """Store k and v (B, kv_heads, n, h) behind what is there; return all of them (B, kv_heads, length + n, h)."""
+        end = self.length + k.shape[2]
+        if end > self.memory.shape[4]:
+            raise InputError(f"a sequence of {end} tokens does not fit a cache of {self.memory.shape[4]}")
+        for slot, new in enumerate((k, v)):
+            self.memory[layer, slot, :, :, self.length:end] = new
+        return self.memory[layer, 0, :, :, :end], self.memory[layer, 1, :, :, :end]
+
+
+class CausalAttention(nn.Module):
+    """Qwen3's attention: grouped queries, RMSNorm on every head of q and k before the rotary positions."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        h, d = config.head_width, config.width
+        self.q = nn.Linear(d, config.heads * h, bias=False)
+        self.k = nn.Linear(d, config.kv_heads * h, bias=False)
+        self.v = nn.Linear(d, config.kv_heads * h, bias=False)
+        self.out = nn.Linear(config.heads * h, d, bias=False)
+        self.q_norm, self.k_norm = RMSNorm(h, config.norm_eps), RMSNorm(h, config.norm_eps)
+
+    def forward(self, x, angle, visible, cache=None, layer=0):
+        B, n, _ = x.shape
+        h = self.config.head_width
+        q = rotate(self.q_norm(self.q(x).view(B, n, -1, h)).transpose(1, 2), angle)  # (B, heads, n, h)
+        k = rotate(self.k_norm(self.k(x).view(B, n, -1, h)).transpose(1, 2), angle)  # (B, kv_heads, n, h)
+        v = self.v(x).view(B, n, -1, h).transpose(1, 2)  # (B, kv_heads, n, h)
+        if cache is not None:
+            k, v = cache.extend(layer, k, v)  # (B, kv_heads, m, h), m = tokens so far
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, enable_gqa=True)  # (B, heads, n, h)
+        return self.out(x.transpose(1, 2).reshape(B, n, -1))  # (B, n, d)
+
+
+class CausalBlock(nn.Module):
+    """Qwen3's block: attention and a SwiGLU MLP, each behind an RMSNorm, (B, n, d) -> (B, n, d)."""
+
+    def __init__(self, config):
+        super().__init__()
+        d = config.width
+        self.norm1, self.attention = RMSNorm(d, config.norm_eps), CausalAttention(config)
+        self.norm2 = RMSNorm(d, config.norm_eps)
+        self.gate = nn.Linear(d, config.mlp_width, bias=False)
+        self.up = nn.Linear(d, config.mlp_width, bias=False)
+        self.down = nn.Linear(config.mlp_width, d, bias=False)
+
+    def forward(self, x, *where):
+        x = x + self.attention(self.norm1(x), *where)  # (B, n, d)
+        y = self.norm2(x)
+        return x + self.down(F.silu(self.gate(y)) * self.up(y))  # (B, n, d)
+
+
+class VisualLM(nn.Module):
+    """Text and visual tokens in one vocabulary, predicted from left to right: tokens (B, n) -> logits (B, n, V + K)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.text_vocabulary + config.codebook_size, config.width)  # also the head
+        self.blocks = nn.ModuleList([CausalBlock(config) for _ in range(config.depth)])
+        self.norm = RMSNorm(config.width, config.norm_eps)
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, std=0.02)
+
+    def forward(self, tokens, first=None, cache=None):
+        """Logits (B, n, V + K) of what follows each of the tokens (B, n).
+
+        first (B,): where each sequence begins; tokens to the left of it are padding and seen by nobody. With a
+        `cache`, the tokens stand behind those that it holds, which need not be given again.
+        """
+        n, done = tokens.shape[1], cache.length if cache is not None else 0
+        h = self.config.head_width
+        frequency = self.config.rope_theta ** -(torch.arange(0, h, 2, device=tokens.device).float() / h)  # (h/2,)
+        position = torch.arange(done, done + n, device=tokens.device)  # (n,)
+        angle = position[:, None] * frequency  # (n, h/2)
+        past = torch.arange(done + n, device=tokens.device)  # (m,)
+        visible = (past <= position[:, None])[None, None]  # (1, 1, n, m)
+        if first is not None:
+            visible = visible & (past >= first[:, None])[:, None, None]  # (B, 1, n, m)
+            visible = visible | (past == position[:, None])  # padding sees itself: a softmax of nothing is no number
+        x = self.embedding(tokens)  # (B, n, d)
+        for layer, block in enumerate(self.blocks):
+            x = block(x, angle, visible, cache, layer)  # (B, n, d)
+        if cache is not None:
+            cache.length += n
+        return self.norm(x) @ self.embedding.weight.T  # (B, n, V + K)
+
+    def loss(self, tokens, first=None):
+        """Mean cross-entropy of the visual tokens among tokens (B, n) given all before them; text is only read.
+
+        The paper trains "exclusively on visual tokens". The softmax is over the whole vocabulary, as text and codes
+        share it.
+        """
+        logits = self(tokens[:, :-1], first).float()  # (B, n - 1, V + K)
+        targets = tokens[:, 1:]
+        targets = torch.where(targets >= self.config.text_vocabulary, targets, -100)  # (B, n - 1)
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
+
+    @torch.no_grad()
+    def generate(self, prompts, count, without=None, cfg_scale=1.0, temperature=1.0, top_k=0, top_p=1.0, generator=None,
+                 progress=iter):
+        """Continue every prompt, a list of token ids, by `count` visual tokens -> codes (B, count) in [0, K).
+
+        Classifier-free guidance: with `cfg_scale` other than 1, logits are those of the prompt `without` its caption
+        plus cfg_scale times the difference that the caption makes. temperature 0 takes the likeliest code.
+        `progress` wraps the range of steps, as tqdm does.
+        """
+        V, B = self.config.text_vocabulary, len(prompts)
+        guided = cfg_scale != 1 and without is not None
+        sequences = list(prompts) + ([without] * B if guided else [])
+        longest = max(len(sequence) for sequence in sequences)
+        device = self.embedding.weight.device
+        tokens = torch.tensor([[0] * (longest - len(s)) + list(s) for s in sequences], device=device)  # (B or 2B, n)
+        first = torch.tensor([longest - len(s) for s in sequences], device=device)  # padding stands on the left
+        cache = KeyValueCache(self.config, len(tokens), longest + count, device, self.embedding.weight.dtype)
+        codes = []
+        for _ in progress(range(count)):
+            logits = self(tokens, first, cache)[:, -1, V:].float()  # (B or 2B, K): only codes may follow
+            if guided:
+                with_caption, without_caption = logits.chunk(2)
+                logits = without_caption + cfg_scale * (with_caption - without_caption)
+            code = choose(logits, temperature, top_k, top_p, generator)  # (B,)
+            codes.append(code)
+            tokens = (V + code).repeat(2 if guided else 1)[:, None]  # (B or 2B, 1)
+        return torch.stack(codes, dim=1)  # (B, count)
+
+
+def choose(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
+    """Draw one of K by logits (B, K) -> (B,), among the top_k likeliest (0: all) and the fewest that make up top_p."""
+    if temperature == 0:
+        return logits.argmax(1)
+    logits = logits / temperature
+    if 0 < top_k < logits.shape[1]:
+        logits = logits.masked_fill(logits < logits.topk(top_k, dim=1).values[:, -1:], -torch.inf)
+    if top_p < 1:
+        ordered, order = logits.softmax(1).sort(dim=1, descending=True)
+        drop = ordered.cumsum(1) - ordered >= top_p  # what stands before it is enough already
+        logits = logits.masked_fill(torch.zeros_like(drop).scatter(1, order, drop), -torch.inf)
+    draw = torch.multinomial(logits.softmax(1).cpu(), 1, generator=generator)[:, 0]  # on the CPU: one seed, one picture
+    return draw.to(logits.device)
+
+
+def qwen3_name(name):
+    """The name that Qwen3 checkpoints on the hub use for our parameter `name`."""
+    for ours, theirs in (("embedding.", "embed_tokens."), ("blocks.", "layers."),
+                         ("attention.q_norm", "self_attn.q_norm"), ("attention.k_norm", "self_attn.k_norm"),
+                         ("attention.out.", "self_attn.o_proj."),
+                         ("attention.q.", "self_attn.q_proj."), ("attention.k.", "self_attn.k_proj."),
+                         ("attention.v.", "self_attn.v_proj."), ("norm1.", "input_layernorm."),
+                         ("norm2.", "post_attention_layernorm."), (".gate.", ".mlp.gate_proj."),
+                         (".up.", ".mlp.up_proj."), (".down.", ".mlp.down_proj.")):
+        name = name.replace(ours, theirs)
+    return "model." + name
+
+
+def load_qwen3(source, codebook_size):
+    """A VisualLM from a Qwen3 checkpoint, a folder in the hub's layout or a hub id, with rows for K codes appended.
+
+    All rows of the text embedding stay, padding included, so code k is token vocab_size + k. The new rows start as
+    Qwen3's own did, N(0, 0.02^2). Raises InputError when the source cannot be had or is no Qwen3 with tied embeddings.
+    """
+    folder = hub_folder(source)
+    hub = read_json(folder / "config.json")
+    if hub.get("model_type") != "qwen3" or not hub.get("tie_word_embeddings") or hub.get("attention_bias"):
+        raise InputError(f"{folder}/config.json is of type {hub.get('model_type')!r}; this loader reads dense Qwen3 "
+                         "with tied embeddings, such as Qwen/Qwen3-0.6B")
+    try:
+        config = LMConfig(
+            text_vocabulary=hub["vocab_size"], codebook_size=codebook_size, width=hub["hidden_size"],
+            depth=hub["num_hidden_layers"], heads=hub["num_attention_heads"], kv_heads=hub["num_key_value_heads"],
+            head_width=hub["head_dim"], mlp_width=hub["intermediate_size"],
+            rope_theta=hub.get("rope_theta") or hub["rope_parameters"]["rope_theta"], norm_eps=hub["rms_norm_eps"])
+    except KeyError as error:
+        raise InputError(f"{folder}/config.json lacks {error}") from None
+    model = VisualLM(config)
+    weights, files = {}, sorted(folder.glob("*.safetensors"))
+    for path in files:
+        weights.update(read_safetensors(path))
+    ours = {name: weights[qwen3_name(name)].float() for name in model.state_dict() if qwen3_name(name) in weights}
+    if "embedding.weight" in ours:
+        codes = model.embedding.weight.detach()[config.text_vocabulary:]
+        ours["embedding.weight"] = torch.cat([ours["embedding.weight"], codes])
+    load_weights(model, ours, folder)
+    return model.eval()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
