@@ -4,6 +4,7 @@
     python sample.py reconstruct --model out/stage1 --beside out/stage2      # held-out emoji, two models side by side
     python sample.py evaluate --model out/stage1                # held-out emoji: PSNR, SSIM, Frechet distance, codes
     python sample.py evaluate --model out/stage1 --data my/photos --split all
+    python sample.py evaluate --model out/stage2 --clusters     # and what its features and its tokens gather
     python sample.py codes --model out/stage1                   # what single codes stand for
 """
 
@@ -19,7 +20,7 @@ from PIL import Image, ImageDraw
 from torchvision.transforms import functional as pixels
 
 import vqrae
-from train import above, choose_device, one_sentence_errors
+from train import choose_device, number, one_sentence_errors
 from vqrae import InputError
 
 
@@ -34,7 +35,7 @@ def reconstruct(args, model, device):
     if not args.images:
         images = vqrae.ImageSet(args.data, args.split, args.image_size).spread(24).to(device)
         versions = [images] + [model(images).reconstruction for model in models]
-        vqrae.save_side_by_side(versions, args.out / "reconstructions.png", columns=max(1, 8 - len(versions)))
+        vqrae.save_side_by_side(versions, args.out / "reconstructions.png")
         print(f"{args.out}/reconstructions.png")
         return
     written = set()
@@ -71,8 +72,13 @@ def lpips_distance(device):
 
 def evaluate(args, model, device):
     """Print the metrics of one split as a table, then as one JSON line."""
+    if args.clusters == 1:
+        raise InputError("--clusters 1 would put all images into one; ask for 2 or more")
+    if args.clusters and model.config.quantizer == "none":
+        raise InputError(f"the model in {args.model} has no discrete tokens to cluster (--quantizer none)")
     images = vqrae.ImageSet(args.data, args.split, args.image_size)
     encoder = vqrae.load_encoder(args.frechet_encoder).to(device)
+    teacher = vqrae.load_encoder(args.teacher).to(device)
     result = vqrae.evaluate(model, images, args.batch_size, device, frechet_encoder=encoder,
                             lpips=lpips_distance(device))
     result = {"model": str(args.model), "data": str(args.data), "split": args.split, **result}
@@ -81,7 +87,6 @@ def evaluate(args, model, device):
     for name, value in result.items():
         print(f"{name:20} {value:.4f}" if isinstance(value, float) else f"{name:20} {value}")
     if args.split == "val":  # a probe is fitted to the training images and asked about held-out ones
-        teacher = vqrae.load_encoder(args.teacher).to(device)
         if asdict(teacher.config) == asdict(model.config.encoder):
             train_images = vqrae.ImageSet(args.data, "train", args.image_size)
             result["understanding"] = vqrae.understanding(model, teacher, train_images, images, args.batch_size, device)
@@ -110,8 +115,6 @@ def clusters(args, model, images, device):
     the share of images whose category (style) is the most frequent one of their cluster, and the share of the variance
     of mean colour and of roughness (mean squared step between neighbouring pixels) that lies between clusters.
     """
-    if model.config.quantizer == "none":
-        raise InputError(f"the model in {args.model} has no discrete tokens to cluster (--quantizer none)")
     everything, vectors = [], {"continuous": [], "discrete": []}
     for batch in images.batches(range(len(images)), args.batch_size):
         with torch.no_grad():
@@ -200,7 +203,7 @@ def parse_args(argv=None):
         sub = commands.add_parser(command.__name__, help=command.__doc__, description=command.__doc__)
         sub.set_defaults(function=command)
         sub.add_argument("--model", type=Path, default=Path("out/stage1"), help="folder that train.py wrote")
-        sub.add_argument("--image-size", type=above(int, 1), help="side in pixels (default: the model's)")
+        sub.add_argument("--image-size", type=number(int), help="side in pixels (default: the model's)")
         sub.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
         sub.add_argument("--out", type=Path, default=Path("out/pictures"), help="folder for the pictures")
         if command is reconstruct:
@@ -209,17 +212,17 @@ def parse_args(argv=None):
                              help="another model to show beside; may be given more than once")
         sub.add_argument("--data", default=str(vqrae.ROOT / "data/emoji"), help="folder of images (default: the emoji)")
         sub.add_argument("--split", choices=["val", "train", "all"], default="val", help="val: the held-out images")
-        sub.add_argument("--batch-size", type=above(int, 1), default=64)
+        sub.add_argument("--batch-size", type=number(int), default=64)
         if command is evaluate:
             sub.add_argument("--frechet-encoder", default=str(vqrae.ROOT / "data/tiny_vit"),
                              help="whose mean patch features the Frechet distance compares; it is named after it")
             sub.add_argument("--teacher", default=str(vqrae.ROOT / "data/tiny_vit"),
                              help="the frozen encoder that the model was trained from, for the linear probes")
-            sub.add_argument("--clusters", type=above(int, 2), nargs="?", const=24, metavar="K",
+            sub.add_argument("--clusters", type=number(int), nargs="?", const=24, metavar="K",
                              help="also draw clusters.png: k-means on continuous features and on discrete tokens")
         if command is codes:
-            sub.add_argument("--codes", type=above(int, 1), default=16, help="how many codes to draw")
-            sub.add_argument("--patches", type=above(int, 1), default=16, help="how many patches of each")
+            sub.add_argument("--codes", type=number(int), default=16, help="how many codes to draw")
+            sub.add_argument("--patches", type=number(int), default=16, help="how many patches of each")
     return parser.parse_args(argv)
 
 

@@ -937,7 +937,8 @@ def test_a_wrong_argument_of_train_is_one_sentence(short_run, tmp_path, extra, s
 
 
 @pytest.mark.parametrize("extra", [["--steps", "0"], ["--batch-size", "-1"], ["--quantizer", "fsq"], ["--seed", "-1"],
-                                   ["--learning-rate", "x"], ["--workers", "-1"]])
+                                   ["--learning-rate", "x"], ["--learning-rate", "0"], ["--max-grad-norm", "0"],
+                                   ["--end-factor", "2"], ["--ema-decay", "1.5"], ["--workers", "-1"]])
 def test_a_value_out_of_range_is_refused_before_anything_starts(short_run, extra, capsys):
     with pytest.raises(SystemExit) as error:
         train.main(short_run + extra)
@@ -1393,7 +1394,8 @@ def test_an_ablation_goes_on_row_by_row_and_ends_in_a_table_and_a_plot(short_run
         trained.append(run.args.out)
         real(run)
 
-    arguments = ["--ablate", ablation, *short_run[2:]]
+    at = short_run.index("--codebook-dim")
+    arguments = ["--ablate", ablation, *short_run[2:at], *short_run[at + 2:]]
     out = tmp_path / "run"
     monkeypatch.setattr(train, "train", interrupted)
     with pytest.raises(SystemExit, match="interrupted"):
@@ -1407,6 +1409,21 @@ def test_an_ablation_goes_on_row_by_row_and_ends_in_a_table_and_a_plot(short_run
     assert "nan" not in "".join(table) and Image.open(out / "plot.png").size[0] > 200
     with pytest.raises(SystemExit, match="was run with other settings than these; choose another --out"):
         train.main(arguments + ["--steps", "8"])
+
+
+@pytest.mark.parametrize("extra", [["--print-config"], ["--benchmark"], ["--init", "x"], ["--overwrite"],
+                                   ["--codebook-dim", "8"]])
+def test_an_ablation_refuses_what_it_would_have_to_ignore(extra, tmp_path):
+    with pytest.raises(SystemExit, match="error: --ablate"):
+        train.main(["--ablate", "codebook", "--out", str(tmp_path / "out"), *extra])
+    assert not (tmp_path / "out").exists()
+
+
+def test_flags_do_not_turn_one_strategy_into_another():
+    args = train.parse_args(["--ablate", "strategy", "--distillation-weight", "0.5", "--encoder-learning-rate", "0.1"])
+    first = [stages[0][1] for _, _, stages in train.strategy_rows(args)][::3]
+    assert [changes["encoder_learning_rate"] for changes in first] == [0, 0.1, 0.1, 0]
+    assert [changes["distillation_weight"] for changes in first] == [0, 0, 1, 0]
 
 
 def test_the_rows_of_the_ablations_are_those_of_the_papers_tables():
@@ -1483,6 +1500,8 @@ def test_clusters_are_drawn_and_what_they_follow_is_measured(saved_model, photo_
     found = json.loads(capsys.readouterr().out.splitlines()[-1])["clusters"]
     for measures in found.values():
         assert 0.5 <= measures["category_purity"] <= 1 and 0 < measures["colour_explained"] <= 1
+    with pytest.raises(SystemExit, match="--clusters 1 would put all images into one"):
+        sample.main(["evaluate", "--model", str(saved_model), "--clusters", "1"])
     assert set(found) == {"continuous", "discrete"} and Image.open(tmp_path / "clusters.png").size[0] > 500
 
 

@@ -33,21 +33,22 @@ from vqrae import InputError
 START_TOKENS = 65536  # features that the codebook's start looks at, and four to a code if that is more
 
 
-def above(kind, lowest):
-    """An argparse type: a finite int or float, `lowest` or more."""
+def number(kind, zero=False, most=math.inf):
+    """An argparse type: a finite int or float above 0, or 0 where `zero` allows it, and no more than `most`."""
     def parse(text):
         value = kind(text)
-        if not lowest <= value < math.inf:
+        if not 0 <= value <= most or value == math.inf or value == 0 and not zero:
             raise ValueError
         return value
 
-    parse.__name__ = f"{kind.__name__} from {lowest} up"  # argparse says: invalid int from 1 up value: '0'
-    return parse
+    sign = "" if zero else "positive "
+    parse.__name__ = f"{sign}{kind.__name__}" + (f" up to {most}" if most < math.inf else "")
+    return parse  # argparse says: invalid positive int value: '0'
 
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
+    add, whole, count = parser.add_argument, number(int, zero=True), number(int)
     command = parser.add_mutually_exclusive_group(required=True)
     command.add_argument("--stage", choices=["1", "2"], help="1: frozen encoder, train codebook and decoder; "
                          "2: train the encoder too, from a model of stage 1")
@@ -58,16 +59,18 @@ def parse_args(argv=None):
     for field in fields(vqrae.TrainingConfig):
         if "help" in field.metadata:
             kind = field.type if field.type in (str, float) else int
-            kind = {str: str, float: above(float, 0), int: above(int, 0 if "start" in field.name else 1)}[kind]
-            add(f"--{field.name.replace('_', '-')}", type=kind, **field.metadata)
-    add("--seed", type=above(int, 0), default=0, help="of weights, order and crops: the same seed gives the same run")
+            if kind is not str:
+                kind = number(kind, field.metadata["zero"], field.metadata["most"])
+            add(f"--{field.name.replace('_', '-')}", type=kind, choices=field.metadata["choices"],
+                help=field.metadata["help"])
+    add("--seed", type=whole, default=0, help="of weights, order and crops: the same seed gives the same run")
     add("--out", type=Path, default=None, help="folder for everything the run writes (default: out/stage1, out/stage2)")
     add("--resume", action="store_true", help="continue the run in --out from its last checkpoint")
     add("--overwrite", action="store_true", help="start anew in an --out that already holds a run")
-    add("--checkpoint-every", type=above(int, 1), default=200, metavar="N", help="steps between checkpoints")
-    add("--log-every", type=above(int, 1), default=50, metavar="N", help="steps between lines of metrics.jsonl")
-    add("--evaluate-every", type=above(int, 1), default=600, metavar="N", help="steps between held-out evaluations")
-    add("--workers", type=above(int, 0), default=None, help="processes that read images (default: 0 for shipped data)")
+    add("--checkpoint-every", type=count, default=200, metavar="N", help="steps between checkpoints")
+    add("--log-every", type=count, default=50, metavar="N", help="steps between lines of metrics.jsonl")
+    add("--evaluate-every", type=count, default=600, metavar="N", help="steps between held-out evaluations")
+    add("--workers", type=whole, default=None, help="processes that read images (default: 0 for shipped data)")
     add("--device", default="auto", help="auto, cuda, mps or cpu")
     add("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="auto: bf16 where the device has it")
     add("--compile", action="store_true", help="torch.compile: slower to start, faster steps")
@@ -84,8 +87,8 @@ def settings_for(args, stage):
         raise InputError("--init is for --stage 2; stage 1 starts from --encoder")
     given = {field.name: getattr(args, field.name) for field in fields(vqrae.TrainingConfig)
              if getattr(args, field.name, None) is not None}
-    for name in vqrae.FIXED_BY_STAGE_1 if args.stage == "2" and not args.ablate else ():
-        if name in given:
+    for name in vqrae.FIXED_BY_STAGE_1:
+        if args.stage == "2" and name in given:
             raise InputError(f"--{name.replace('_', '-')} is fixed by the model that stage 2 starts from, --init")
     return replace(vqrae.PRESETS[args.preset][stage], **given)
 
@@ -409,7 +412,7 @@ def draw_reconstructions(run):
     if run.args.stage == "2":
         models.insert(0, vqrae.VQRAE.from_pretrained(run.init).to(run.device))
     versions = [images] + [model(images).reconstruction for model in models]
-    vqrae.save_side_by_side(versions, run.args.out / "reconstructions.png", columns=8 - len(versions))
+    vqrae.save_side_by_side(versions, run.args.out / "reconstructions.png")
 
 
 def train(run):
@@ -493,7 +496,8 @@ def finish(run, lines, earlier, begin):
     """Final evaluation of the averaged weights; write the model, summary.json and the pictures."""
     config, out = run.config, run.args.out
     run.average.save_pretrained(out)
-    summary = run.evaluate(frechet_encoder=run.teacher)
+    # A large encoder would make every run wait for its Frechet distance, which `sample.py evaluate` gives as well.
+    summary = run.evaluate(frechet_encoder=run.teacher if run.args.ablate else None)
     if "val_frechet" in summary:  # named after its features, the frozen encoder's
         summary["val_frechet_teacher"] = summary.pop("val_frechet")
     lines[-1].update(summary)
@@ -573,7 +577,10 @@ def codebook_rows(args):
     """
     base, steps = settings_for(args, "1"), args.steps or 200
     d, K = vqrae.load_encoder(base.encoder).config.width, base.codebook_size
+    if args.codebook_dim or args.codebook_init:
+        raise InputError("--ablate codebook chooses --codebook-dim and --codebook-init itself")
     shapes = [(16, K), (d // 4, K), (d // 2, K), (d, K), (2 * d, K), (d, 512), (d, 2048), (d, 16384)]
+    shapes = list(dict.fromkeys(shapes))  # with another K or d two of them may be one
     for init in ("data", "gaussian"):
         for e, size in shapes:
             for seed in range(args.seed, args.seed + (3 if init == "data" and size == K else 1)):
@@ -587,13 +594,17 @@ def strategy_rows(args):
     All rows take the same number of steps and no adversarial loss; the first row, a frozen encoder, is not the paper's.
     """
     rate = settings_for(args, "2").encoder_learning_rate
-    half = (args.steps or 400) // 2
+    half = max(1, (args.steps or 400) // 2)
+
+    def stage(name, steps, rate, distillation):
+        return name, {"steps": steps, "encoder_learning_rate": rate, "distillation_weight": distillation,
+                        "adversarial_weight": 0.0}
+
     for name, runs in {
-        "encoder frozen throughout": [("1", {"steps": 2 * half})],
-        "end to end, no distillation": [("1", {"steps": 2 * half, "encoder_learning_rate": rate})],
-        "end to end, distillation": [("1", {"steps": 2 * half, "encoder_learning_rate": rate,
-                                            "distillation_weight": 1.0})],
-        "two stages, distillation": [("1", {"steps": half}), ("2", {"steps": half, "adversarial_weight": 0.0})],
+        "encoder frozen throughout": [stage("1", 2 * half, 0.0, 0.0)],
+        "end to end, no distillation": [stage("1", 2 * half, rate, 0.0)],
+        "end to end, distillation": [stage("1", 2 * half, rate, 1.0)],
+        "two stages, distillation": [stage("1", half, 0.0, 0.0), stage("2", half, rate, 1.0)],
     }.items():
         for seed in range(args.seed, args.seed + 3):
             yield {"strategy": name}, seed, runs
@@ -613,14 +624,15 @@ def ablate(args):
 
     What is done is not done again: the same command goes on where it stopped, row by row and step by step.
     """
-    if args.overwrite or args.init:
-        raise InputError("--ablate takes neither --overwrite nor --init; another --out starts it anew")
+    if args.overwrite or args.init or args.benchmark or args.print_config:
+        raise InputError("--ablate goes with none of --overwrite, --init, --benchmark and --print-config; another "
+                         "--out starts it anew")
     make_rows, columns = ABLATIONS[args.ablate]
     rows, results = list(make_rows(args)), {}
-    for number, (keys, seed, stages) in enumerate(rows, 1):
+    for place, (keys, seed, stages) in enumerate(rows, 1):
         name = "-".join(str(value).replace(",", "").replace(" ", "_") for value in keys.values())
         folder = args.out / f"{name}-seed{seed}"
-        print(f"row {number} of {len(rows)}: {', '.join(f'{key} {value}' for key, value in keys.items())}, seed {seed}")
+        print(f"row {place} of {len(rows)}: {', '.join(f'{key} {value}' for key, value in keys.items())}, seed {seed}")
         configs = [(stage, replace(settings_for(args, stage), **changes)) for stage, changes in stages]
         settings = json.loads(json.dumps([[stage, asdict(config)] for stage, config in configs]))
         if not (folder / "row.json").exists():

@@ -1156,9 +1156,9 @@ def nearest_neighbours(train_features, train_labels, test_features, test_labels,
 def understanding(model, teacher, train_images, test_images, batch_size=64, device="cpu", workers=0):
     """What can be read off the features: {"teacher", "continuous", "discrete"} -> {measure: value}.
 
-    continuous: the model's Z_I; discrete: the features that its codes stand for; both, and the frozen teacher's, as
-    the mean over an image's tokens. For the labels of the two ImageSets ("category", and "subcategory" where there is):
-    NAME_transfer is the accuracy of a probe fitted to the teacher's training features and applied unchanged (the
+    continuous: the model's Z_I; discrete: the features that its codes stand for, if it has codes; both, and the frozen
+    teacher's, as the mean over an image's tokens. For the labels of the two ImageSets ("category", and "subcategory"
+    where there is): NAME_transfer is the accuracy of a probe fitted to the teacher's training features and applied unchanged (the
     paper's "without retraining"), NAME_probe that of one fitted to these features, NAME_neighbours that of 10 nearest
     neighbours. cosine is the mean similarity of a token to the teacher's. Empty when there are fewer than two labels.
     """
@@ -1171,17 +1171,19 @@ def understanding(model, teacher, train_images, test_images, batch_size=64, devi
                 [len(train_images), len(test_images)])  # (n,), (m,)
     if not names:
         return {}
-    pooled = {"teacher": [], "continuous": [], "discrete": []}
-    cosines = {name: [] for name in pooled}
+    pooled, cosines = {}, {}
     for images in (train_images, test_images):
         for batch in images.batches(range(len(images)), batch_size, workers):
             x = batch.to(device).float() / 255
             out = model(x)
-            features = {"teacher": teacher(x), "continuous": out.features, "discrete": model.features_of(out.z_q)}
+            features = {"teacher": teacher(x), "continuous": out.features}
+            if out.indices is not None:
+                features["discrete"] = model.features_of(out.z_q)
             for name, tokens in features.items():  # (B, N, d)
-                pooled[name].append(tokens.mean(1).cpu())
+                pooled.setdefault(name, []).append(tokens.mean(1).cpu())
                 if images is test_images:
-                    cosines[name].append(F.cosine_similarity(tokens, features["teacher"], dim=-1).mean(1).cpu())
+                    cosine = F.cosine_similarity(tokens, features["teacher"], dim=-1)  # (B, N)
+                    cosines.setdefault(name, []).append(cosine.mean(1).cpu())
     pooled = {name: torch.cat(parts).split([len(train_images), len(test_images)]) for name, parts in pooled.items()}
     result = {name: {} for name in pooled}
     for key, (train_labels, test_labels) in names.items():
@@ -1412,11 +1414,12 @@ class TrainingOrder:
                 position += 1
 
 
-def save_side_by_side(versions, path, columns=6, side=128):
+def save_side_by_side(versions, path, columns=None, side=128):
     """Write a PNG that shows every image in all its versions: originals, then one or more reconstructions of them.
 
     versions: lists of as many images (3, H, W) in [0, 1]; `columns` such groups to a row, every image of `side` pixels.
     """
+    columns = columns or max(1, 8 - len(versions))  # the more versions, the fewer groups, at about the same width
     gap, margin = 4, 12
     group = len(versions) * (side + gap) - gap + margin  # width of one image's versions
     rows = -(-len(versions[0]) // columns)
@@ -1438,14 +1441,14 @@ def save_side_by_side(versions, path, columns=6, side=128):
 ROOT = Path(__file__).resolve().parent
 
 
-def setting(help, **flag):
-    """A field of TrainingConfig; `train.py` makes a flag with this help text of it."""
-    return field(metadata={"help": help, **flag})
+def setting(help, choices=None, zero=False, most=math.inf):
+    """A field of TrainingConfig that `train.py` makes a flag of; a number is above 0, or 0 too with `zero`."""
+    return field(metadata={"help": help, "choices": choices, "zero": zero, "most": most})
 
 
 @dataclass
 class TrainingConfig:
-    """Settings of stage 1 or 2, Table 7's rows among them; each is a flag of `train.py`."""
+    """Settings of stage 1 or 2, Table 7's rows among them; each but `betas` is a flag of `train.py`."""
 
     data: str = setting("folder of images, flat or one folder per class")
     encoder: str = setting("DINOv2 checkpoint: a folder in the hub's layout or a hub id")
@@ -1460,22 +1463,23 @@ class TrainingConfig:
     projection_init: str = setting("pixels: distances that count pixels; random: torch's", choices=["pixels", "random"])
     perceptual: str = setting("vfm: the encoder's own features; lpips-convnext: the paper's networks, fetched on "
                               "first use", choices=["vfm", "lpips-convnext", "none"])
-    perceptual_weight: float = setting("weight of the perceptual loss (paper: 1.1)")
-    quantizer_weight: float = setting("weight of the quantizer's two losses (paper: 1)")
-    distillation_weight: float = setting("weight of Eq. 5 when the encoder trains (paper: 1)")
-    adversarial_weight: float = setting("weight of the adversarial loss (paper: 0 in stage 1, 0.1 in stage 2)")
-    discriminator_start: int = setting("step at which discriminator and adversarial loss set in")
+    perceptual_weight: float = setting("weight of the perceptual loss (paper: 1.1)", zero=True)
+    quantizer_weight: float = setting("weight of the quantizer's two losses (paper: 1)", zero=True)
+    distillation_weight: float = setting("weight of Eq. 5 when the encoder trains (paper: 1)", zero=True)
+    adversarial_weight: float = setting("weight of the adversarial loss (paper: 0 in stage 1, 0.1 in stage 2)",
+                                        zero=True)
+    discriminator_start: int = setting("step at which discriminator and adversarial loss set in", zero=True)
     discriminator_width: int = setting("channels of the discriminator's first stage, a multiple of 32 (TiTok: 128)")
     steps: int = setting("training steps")
     batch_size: int = setting("images a step")
     learning_rate: float = setting("of decoder, projections and codebook, at its highest, after the warm-up")
-    encoder_learning_rate: float = setting("of the encoder; 0 keeps it frozen")
-    discriminator_learning_rate: float = setting("of the discriminator")
-    end_factor: float = setting("what is left of each learning rate at the end of its cosine")
+    encoder_learning_rate: float = setting("of the encoder; 0 keeps it frozen", zero=True)
+    discriminator_learning_rate: float = setting("of the discriminator", zero=True)
+    end_factor: float = setting("what is left of each learning rate at the end of its cosine", zero=True, most=1)
     warmup_steps: int = setting("steps over which learning rates rise")
-    weight_decay: float = setting("AdamW's, on matrices only")
+    weight_decay: float = setting("AdamW's, on matrices only", zero=True)
     max_grad_norm: float = setting("gradients are scaled down to this norm")
-    ema_decay: float = setting("of the averaged weights, which are evaluated and saved")
+    ema_decay: float = setting("of the averaged weights, which are evaluated and saved", zero=True, most=1)
     betas: tuple = (0.9, 0.999)
 
 
