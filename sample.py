@@ -1,4 +1,4 @@
-"""Look at a trained VQRAE.
+"""Look at what was trained: reconstruct, generate, caption, measure.
 
     python sample.py reconstruct cat.jpg dog.png --model out/stage1 --out out/pictures
     python sample.py reconstruct --model out/stage1 --beside out/stage2      # held-out emoji, two models side by side
@@ -6,10 +6,15 @@
     python sample.py evaluate --model out/stage1 --data my/photos --split all
     python sample.py evaluate --model out/stage2 --clusters     # and what its features and its tokens gather
     python sample.py codes --model out/stage1                   # what single codes stand for
+    python sample.py generate "a red apple" "noto cat face"     # pictures of captions, by out/ar
+    python sample.py evaluate --model out/ar                    # do pictures show what their captions say?
+    python sample.py caption cat.jpg                            # what out/caption says of an image
+    python sample.py evaluate --model out/caption --encoder out/stage2    # how many captions are right, encoder swapped
 """
 
 import argparse
 import json
+import re
 import sys
 from collections import Counter, defaultdict
 from dataclasses import asdict
@@ -18,19 +23,27 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw
 from torchvision.transforms import functional as pixels
+from tqdm import tqdm
 
 import vqrae
 from train import choose_device, number, one_sentence_errors
 from vqrae import InputError
 
 
+def load_tokenizer(args, device):
+    """The VQRAE in --model; --image-size becomes its own unless it is given."""
+    model = vqrae.VQRAE.from_pretrained(args.model).to(device)
+    args.image_size = args.image_size or model.config.image_size
+    return model
+
+
 @torch.no_grad()
-def reconstruct(args, model, device):
+def reconstruct(args, device):
     """Write NAME.png for every image file: the original, then what the model makes of it, and any model --beside it.
 
     Without files, reconstructions.png shows images from all over a split of --data.
     """
-    models = [model] + [vqrae.VQRAE.from_pretrained(folder).to(device) for folder in args.beside]
+    models = [load_tokenizer(args, device)] + [vqrae.VQRAE.from_pretrained(folder).to(device) for folder in args.beside]
     args.out.mkdir(parents=True, exist_ok=True)
     if not args.images:
         images = vqrae.ImageSet(args.data, args.split, args.image_size).spread(24).to(device)
@@ -70,8 +83,21 @@ def lpips_distance(device):
     return network.to(device).lpips
 
 
-def evaluate(args, model, device):
-    """Print the metrics of one split as a table, then as one JSON line."""
+def evaluate(args, device):
+    """Print the metrics of a tokenizer, a generator or a captioner as a table, then as one JSON line."""
+    config = vqrae.read_json(args.model / "config.json") if args.model.is_dir() else {}
+    if "text_vocabulary" in config:
+        result = evaluate_generator(args, device)
+    elif "lm" in config:
+        result = evaluate_captioner(args, device)
+    else:
+        result = evaluate_tokenizer(args, device)
+    print(json.dumps({"model": str(args.model), "data": str(args.data), **result}))
+
+
+def evaluate_tokenizer(args, device):
+    """Pixels, codes and understanding of one split."""
+    model = load_tokenizer(args, device)
     if args.clusters == 1:
         raise InputError("--clusters 1 would put all images into one; ask for 2 or more")
     if args.clusters and model.config.quantizer == "none":
@@ -81,7 +107,7 @@ def evaluate(args, model, device):
     teacher = vqrae.load_encoder(args.teacher).to(device)
     result = vqrae.evaluate(model, images, args.batch_size, device, frechet_encoder=encoder,
                             lpips=lpips_distance(device))
-    result = {"model": str(args.model), "data": str(args.data), "split": args.split, **result}
+    result = {"split": args.split, **result}
     if "frechet" in result:  # named after its encoder and never called rFID, which is Inception's
         result[f"frechet_{Path(args.frechet_encoder).name}"] = result.pop("frechet")
     for name, value in result.items():
@@ -96,7 +122,152 @@ def evaluate(args, model, device):
                   "--teacher names the encoder that it was trained from", file=sys.stderr)
     if args.clusters:
         result["clusters"] = clusters(args, model, images, device)
-    print(json.dumps(result))
+    return result
+
+
+@torch.no_grad()
+def evaluate_generator(args, device):
+    """Do pictures show what their captions say, and do they look like the held-out images?
+
+    A picture counts for an emoji, a category or a subcategory when the real image of all splits that is nearest to it
+    in the encoder's features does. Beside it the tokenizer's reconstructions of the images that the captions belong to
+    (no picture of its codes can do better: the ceiling), and the same pictures held against shuffled captions (what
+    they would reach by chance: the floor). The Frechet distance is to the held-out images, in the same features.
+    """
+    lm, model = load_generator(args, device)
+    size = args.image_size or model.config.image_size
+    encoder, name = vqrae.load_encoder(args.frechet_encoder).to(device), Path(args.frechet_encoder).name
+    sets = {split: vqrae.ImageSet(args.data, split, size) for split in ("train", "val")}
+    real = {split: vqrae.pooled_features(encoder, (batch.float() / 255 for batch in images.batches(
+        range(len(images)), args.batch_size))) for split, images in sets.items()}  # (n, d) each
+    gallery = torch.cat(list(real.values()))
+    gallery_records = [record for images in sets.values() for record in images.records]
+    result, measures = {}, []
+    for split, title in (("train", "training captions"), ("val", "held-out captions")):
+        images = sets[split]
+        count = min(args.count or len(sets["val"]), len(images))
+        chosen = [i * len(images) // count for i in range(count)]
+        records = [images.records[i] for i in chosen]
+        batches = images.batches(chosen, args.batch_size)
+        pictures = {"generated": write(args, lm, model, [vqrae.caption_of(record) for record in records]),
+                    "reconstructed (ceiling)": torch.cat([
+                        model(batch.to(device).float() / 255).reconstruction.clamp(0, 1).cpu() for batch in batches])}
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(args.seed)).tolist()
+        rows = {}
+        for kind, some in pictures.items():
+            features = vqrae.pooled_features(encoder, vqrae.eight_bits(some).split(args.batch_size))  # (count, d)
+            found = [gallery_records[i] for i in vqrae.nearest(features, gallery).tolist()]
+            frechet = {}
+            if min(count, len(real["val"])) > 1:  # one picture has no covariance
+                frechet[f"frechet_{name}"] = vqrae.frechet_distance(features, real["val"])
+            rows[kind] = {**vqrae.retrieval(found, records), **frechet}
+            if kind == "generated":
+                rows["shuffled captions (floor)"] = {
+                    **vqrae.retrieval(found, [records[i] for i in order]), **frechet}
+        if not measures:
+            measures = list(rows["generated"])
+            print("".join([f"{'':44}"] + [f"{measure:>18}" for measure in measures]))
+        for kind, row in rows.items():
+            print("".join([f"{f'{count} {title}, {kind}':52}"] + [f"{row[measure]:<18.4f}" for measure in measures]))
+        result[title] = {"pictures": count, **rows}
+    return {"cfg_scale": args.cfg_scale, "temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p,
+            "seed": args.seed, **result}
+
+
+def evaluate_captioner(args, device):
+    """Shares of right captions and categories with the captioner's own encoder and with each --encoder in its place."""
+    captioner = load_captioner(args, device)
+    images = vqrae.ImageSet(args.data, args.split, args.image_size)
+    result = {}
+    for source in [None, *args.encoder]:
+        if source is not None:
+            swap_encoder(captioner, source, device)
+        name = "its own encoder" if source is None else f"encoder of {source}"
+        result[name] = vqrae.caption_accuracy(captioner, images, args.batch_size, device)
+        print(f"{name:40} " + "  ".join(f"{key} {value:.4f}" for key, value in result[name].items()))
+    return {"split": args.split, "images": len(images), **result}
+
+
+def load_captioner(args, device):
+    """The Captioner in --model; --image-size becomes what its encoder was made for unless it is given."""
+    captioner = vqrae.Captioner.from_pretrained(args.model).to(device)
+    args.image_size = args.image_size or captioner.config.encoder.image_size
+    return captioner
+
+
+def swap_encoder(captioner, source, device):
+    """Put another encoder of the same sizes before the captioner's projector; nothing is trained again."""
+    encoder = vqrae.load_encoder(source)
+    if asdict(encoder.config) != asdict(captioner.config.encoder):
+        raise InputError(f"the encoder of {source} has other sizes than the one the captioner was trained with")
+    captioner.encoder = encoder.to(device)
+
+
+def caption(args, device):
+    """Print what a captioner says of every image file."""
+    captioner = load_captioner(args, device)
+    for source in args.encoder:
+        swap_encoder(captioner, source, device)
+    written = 0
+    for path in args.images:
+        try:
+            image = vqrae.ImageSet.prepare(vqrae.read_image(path), args.image_size)
+        except InputError as error:
+            print(f"skipped: {error}", file=sys.stderr)
+            continue
+        print(f"{path}: {captioner.caption(image[None].to(device).float() / 255)[0]}")
+        written += 1
+    if not written:
+        raise InputError("none of the given files could be read as an image")
+
+
+def load_generator(args, device):
+    """The VisualLM in --model, and beside it the VQRAE whose codes it writes."""
+    lm = vqrae.VisualLM.from_pretrained(args.model).to(device)
+    return lm, vqrae.VQRAE.from_pretrained(args.model / "vqrae").to(device)
+
+
+def write(args, lm, model, captions):
+    """Draw a picture for every caption, a batch at a time -> (n, 3, H, W) in [0, 1] on the CPU."""
+    pictures, parts = [], range(0, len(captions), args.batch_size)
+    with tqdm(total=len(parts) * lm.config.image_tokens, desc="generate", unit="step", dynamic_ncols=True) as bar:
+        def progress(steps):
+            for step in steps:
+                yield step
+                bar.update()
+
+        for place in parts:
+            codes = lm.generate(captions[place:place + args.batch_size], args.cfg_scale, args.temperature, args.top_k,
+                                args.top_p, args.seed + place, progress)  # (B, N)
+            pictures.append(model.decode(codes).cpu())
+    return torch.cat(pictures)
+
+
+def generate(args, device):
+    """Write pictures of every caption, or of none at all: a file each, and grid.png with a row for every caption."""
+    lm, model = load_generator(args, device)
+    captions = args.captions or [""]
+    count = args.count or (4 if args.captions else 16)
+    pictures = write(args, lm, model, [caption for caption in captions for _ in range(count)])  # (n, 3, H, W)
+    args.out.mkdir(parents=True, exist_ok=True)
+    side, gap, label = 128, 6, 14
+    columns = min(count, 8)
+    rows = -(-count // columns)  # of one caption
+    height = label + rows * (side + gap)
+    canvas = Image.new("RGB", (gap + columns * (side + gap), gap + len(captions) * height), "white")
+    draw, names = ImageDraw.Draw(canvas), Counter()
+    for place, caption in enumerate(captions):
+        draw.text((gap, gap + place * height - 2), caption or "(no caption)", "black")
+        name = re.sub(r"\W+", "-", caption.lower()).strip("-")[:60] or "unconditional"
+        for i, picture in enumerate(pictures[place * count:(place + 1) * count]):
+            image = pixels.to_pil_image(vqrae.eight_bits(picture))
+            image.save(args.out / f"{name}-{names[name]}.png")
+            names[name] += 1  # the same caption twice must not write one file twice
+            tile = image.resize((side, side), Image.NEAREST if side % image.width == 0 else Image.LANCZOS)
+            canvas.paste(tile, (gap + i % columns * (side + gap),
+                                gap + place * height + label + i // columns * (side + gap)))
+    canvas.save(args.out / "grid.png")
+    print(f"{args.out}/grid.png and {len(pictures)} single pictures beside it")
 
 
 def print_understanding(rows):
@@ -161,8 +332,9 @@ def clusters(args, model, images, device):
     return result
 
 
-def codes(args, model, device):
+def codes(args, device):
     """Draw held-out patches that chose a code, a row a code, for codes from the most to the least frequent."""
+    model = load_tokenizer(args, device)
     if model.config.quantizer == "none":
         raise InputError(f"the model in {args.model} has no codebook (it was trained with --quantizer none)")
     images = vqrae.ImageSet(args.data, args.split, args.image_size)
@@ -199,27 +371,52 @@ def codes(args, model, device):
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    for command in (reconstruct, evaluate, codes):
+    defaults = {reconstruct: "out/stage1", evaluate: "out/stage1", codes: "out/stage1", generate: "out/ar",
+                caption: "out/caption"}
+    for command, folder in defaults.items():
         sub = commands.add_parser(command.__name__, help=command.__doc__, description=command.__doc__)
         sub.set_defaults(function=command)
-        sub.add_argument("--model", type=Path, default=Path("out/stage1"), help="folder that train.py wrote")
-        sub.add_argument("--image-size", type=number(int), help="side in pixels (default: the model's)")
+        sub.add_argument("--model", type=Path, default=Path(folder), help=f"folder that train.py wrote ({folder})")
         sub.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
         sub.add_argument("--out", type=Path, default=Path("out/pictures"), help="folder for the pictures")
+        sub.add_argument("--batch-size", type=number(int), default=64)
+        if command in (reconstruct, caption):
+            sub.add_argument("images", type=Path, nargs="*" if command is reconstruct else "+", metavar="IMAGE",
+                             help="image files of any kind")
+        if command is not generate:
+            sub.add_argument("--image-size", type=number(int), help="side in pixels (default: the model's)")
+        if command in (reconstruct, evaluate, codes):
+            sub.add_argument("--data", default=str(vqrae.ROOT / "data/emoji"),
+                             help="folder of images (default: the emoji)")
+            sub.add_argument("--split", choices=["val", "train", "all"], default="val", help="val: the held-out images")
         if command is reconstruct:
-            sub.add_argument("images", type=Path, nargs="*", metavar="IMAGE", help="image files of any kind")
             sub.add_argument("--beside", type=Path, action="append", default=[], metavar="MODEL",
                              help="another model to show beside; may be given more than once")
-        sub.add_argument("--data", default=str(vqrae.ROOT / "data/emoji"), help="folder of images (default: the emoji)")
-        sub.add_argument("--split", choices=["val", "train", "all"], default="val", help="val: the held-out images")
-        sub.add_argument("--batch-size", type=number(int), default=64)
+        if command in (evaluate, caption):
+            sub.add_argument("--encoder", action="append", default=[], metavar="MODEL",
+                             help="of a captioner: an encoder, or a VQRAE with one, to read in place of its own")
         if command is evaluate:
             sub.add_argument("--frechet-encoder", default=str(vqrae.ROOT / "data/tiny_vit"),
                              help="whose mean patch features the Frechet distance compares; it is named after it")
             sub.add_argument("--teacher", default=str(vqrae.ROOT / "data/tiny_vit"),
-                             help="the frozen encoder that the model was trained from, for the linear probes")
+                             help="of a tokenizer: the frozen encoder that it was trained from, for the linear probes")
             sub.add_argument("--clusters", type=number(int), nargs="?", const=24, metavar="K",
-                             help="also draw clusters.png: k-means on continuous features and on discrete tokens")
+                             help="of a tokenizer: draw clusters.png, k-means on continuous features and on codes")
+        if command in (generate, evaluate):
+            of = "of a generator: " if command is evaluate else ""
+            sub.add_argument("--count", type=number(int), help="pictures of each caption (default: 4; 16 of none)"
+                             if command is generate else of + "captions of each split (default: all held-out, as many "
+                             "training ones)")
+            sub.add_argument("--cfg-scale", type=number(float, zero=True), default=2.0,
+                             help=of + "classifier-free guidance: how much the caption counts; 1: as trained")
+            sub.add_argument("--temperature", type=number(float, zero=True), default=1.0,
+                             help=of + "below 1 likely codes get likelier; 0: always the likeliest")
+            sub.add_argument("--top-k", type=number(int, zero=True), default=0, help=of + "the K likeliest; 0: all")
+            sub.add_argument("--top-p", type=number(float, most=1), default=1.0,
+                             help=of + "only the fewest codes that make up this probability")
+            sub.add_argument("--seed", type=number(int, zero=True), default=0, help="of the draw of codes")
+        if command is generate:
+            sub.add_argument("captions", nargs="*", metavar="CAPTION", help='such as "a red apple" or "noto red apple"')
         if command is codes:
             sub.add_argument("--codes", type=number(int), default=16, help="how many codes to draw")
             sub.add_argument("--patches", type=number(int), default=16, help="how many patches of each")
@@ -229,10 +426,7 @@ def parse_args(argv=None):
 def main(argv=None):
     args = parse_args(argv)
     with one_sentence_errors():
-        device = choose_device(args.device)
-        model = vqrae.VQRAE.from_pretrained(args.model).to(device)
-        args.image_size = args.image_size or model.config.image_size
-        args.function(args, model, device)
+        args.function(args, choose_device(args.device))
 
 
 if __name__ == "__main__":

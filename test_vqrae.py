@@ -735,16 +735,16 @@ def test_a_resumed_order_is_the_rest_of_the_order_and_an_epoch_shows_every_image
 
 def make_run(arguments):
     args = train.parse_args(arguments)
-    return train.Run(args, train.settings_for(args, args.stage))
+    return train.STAGES[args.stage](args, train.settings_for(args, args.stage))
 
 
 def take_steps(run, count):
     """Train for some steps and return the terms of the loss in each."""
-    keys, terms = vqrae.TrainingOrder(len(run.train_images), 0, run.done * 4), []
-    for _, batch in zip(range(count), run.train_images.batches(keys, 4)):
-        run.reset_window()
+    terms = []
+    for _, batch in zip(range(count), run.batches()):
+        run.window = {}
         run.step(batch)
-        terms.append({name: total.item() for name, (total, _) in run.window.items()})
+        terms.append({name: total.item() for name, (total, _) in run.window.items() if total.dim() == 0})
     return terms
 
 
@@ -755,12 +755,10 @@ def weights(folder):
 def test_stage_1_leaves_the_encoder_and_the_codebook_bit_identical(short_run, encoder_folder):
     run = make_run(short_run)
     run.start()
-    keys = vqrae.TrainingOrder(len(run.train_images), 0, 0)
     frozen = {name: t.clone() for name, t in run.model.state_dict().items()
               if name.startswith("encoder.") or name == "quantizer.codebook"}
     moving = {name: p.detach().clone() for name, p in run.model.named_parameters() if not name.startswith("encoder.")}
-    for _, batch in zip(range(3), run.train_images.batches(keys, 4)):
-        run.step(batch)
+    take_steps(run, 3)
     for name, tensor in frozen.items():
         assert torch.equal(run.model.state_dict()[name], tensor), name
     reference = vqrae.load_encoder(encoder_folder).state_dict()
@@ -804,19 +802,20 @@ def assert_resume_is_exact(command, tmp_path):
     class Stopped(Exception):
         pass
 
-    steps = train.Run.step
+    kind = train.STAGES[command[1]]
+    steps = kind.step
     for stop_at in (2, 5):  # one before the first checkpoint, one between two checkpoints
         def step(run, batch):
             if run.done == stop_at:
                 raise Stopped
             steps(run, batch)
 
-        train.Run.step = step
+        kind.step = step
         try:
             with pytest.raises(Stopped):
                 train.main(arguments + ["--resume"])
         finally:
-            train.Run.step = steps
+            kind.step = steps
     train.main(arguments + ["--resume"])
     assert weights(parts) == weights(whole)
     strip = [[{k: v for k, v in json.loads(line).items() if k != "images_per_second"}
@@ -1281,7 +1280,7 @@ def test_a_greedy_continuation_is_transformers_own_token_for_token(qwen3_twin):
         model.embedding.weight[50:] = 0
     prompt = torch.tensor([[3, 1, 4, 1, 5]])
     theirs = twin.generate(prompt, max_new_tokens=24, do_sample=False, eos_token_id=None, pad_token_id=0)[0, 5:]
-    assert torch.equal(model.generate(prompt.tolist(), 24, temperature=0)[0], theirs)
+    assert torch.equal(model.extend(prompt.tolist(), 24, temperature=0)[0], theirs)
 
 
 @given(seed=seeds, at=st.integers(1, 9))
@@ -1301,7 +1300,7 @@ def test_the_cache_and_the_padding_change_nothing(seed, cfg_scale, top_k, length
     model, generator = small_lm(seed), torch.Generator().manual_seed(seed)
     prompts = [torch.randint(30, (length,), generator=generator).tolist() for length in lengths]
     draw = {"cfg_scale": cfg_scale, "top_k": top_k, "temperature": 0}
-    together = model.generate(prompts, 8, without=[0], **draw)
+    together = model.extend(prompts, 8, without=[0], **draw)
     for prompt, found in zip(prompts, together):
         codes = []
         for _ in range(8):  # one prompt at a time, all logits anew, no cache
@@ -1316,7 +1315,7 @@ def test_the_cache_and_the_padding_change_nothing(seed, cfg_scale, top_k, length
 
 def test_only_codes_are_generated_and_a_seed_repeats_them():
     model = small_lm()
-    draws = [model.generate([[1, 2], [3]], 12, generator=torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)]
+    draws = [model.extend([[1, 2], [3]], 12, generator=torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)]
     assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
     assert draws[0].shape == (2, 12) and 0 <= draws[0].min() and draws[0].max() < 20
 
@@ -1350,7 +1349,7 @@ def test_the_memory_of_the_cache_is_allocated_once(monkeypatch):
         caches.append((cache, cache.memory.data_ptr()))
 
     monkeypatch.setattr(vqrae.KeyValueCache, "__init__", remember)
-    small_lm().generate([[1, 2, 3]], 10)
+    small_lm().extend([[1, 2, 3]], 10)
     ((cache, where),) = caches
     assert cache.memory.data_ptr() == where and cache.length == cache.memory.shape[4] - 1
 
@@ -1367,6 +1366,326 @@ def test_a_damaged_qwen3_is_one_sentence(qwen3_twin, tmp_path, damage, sentence)
     damage(tmp_path / "copy")
     with pytest.raises(InputError, match=sentence):
         vqrae.load_qwen3(tmp_path / "copy", codebook_size=7)
+
+
+def test_a_token_costs_more_in_a_longer_picture_by_no_more_than_its_length():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model, cost = small_lm(), []
+    for length in (64, 128, 192, 256):  # equally far apart
+        cache = vqrae.KeyValueCache(model.config, 1, length, "cpu", torch.float32)
+        with torch.no_grad():
+            model(torch.zeros(1, length - 1, dtype=torch.int64), cache=cache)
+            with FlopCounterMode(display=False) as counter:
+                model(torch.zeros(1, 1, dtype=torch.int64), cache=cache)
+        cost.append(counter.get_total_flops())
+    assert len(set(np.diff(cost))) == 1 and cost[-1] < 4 * cost[0]
+
+
+# --- text, and the stage ar ---
+
+WORDS = ["noto red apple", "fluent red apple", "twemoji red apple", "noto cat face", "fluent flag: Chile"]
+
+
+def text_lm(seed=0, codebook_size=20, image_tokens=9, **changes):
+    text = vqrae.train_text_tokenizer(WORDS, 300)
+    model = small_lm(seed, text_vocabulary=text.get_vocab_size(), codebook_size=codebook_size,
+                     image_tokens=image_tokens, **changes)
+    model.text = text
+    return model
+
+
+@given(text=st.text(st.characters(min_codepoint=32, max_codepoint=0x2FFFF, exclude_categories=["Cs"]), max_size=30))
+def test_the_text_tokenizer_reads_any_text_and_loses_only_case_and_form(text):
+    import unicodedata
+
+    tokenizer = vqrae.train_text_tokenizer(WORDS, 300)
+    expected = tokenizer.normalizer.normalize_str(text)
+    for special in (vqrae.START_OF_IMAGE, vqrae.END_OF_TEXT):
+        if special in text:
+            return
+    assert tokenizer.decode(tokenizer.encode(text).ids).strip() == expected.strip()
+    plain = unicodedata.normalize("NFKC", text)
+    if plain.isascii() and not plain.lower().lstrip().startswith(("a ", "an ", "the ")):
+        assert expected == plain.lower().strip()
+
+
+@pytest.mark.parametrize("spelling", ["Red apple", "a red apple", "A RED APPLE", "the red apple", "  red apple "])
+def test_case_and_a_leading_article_do_not_matter(spelling):
+    model = text_lm()
+    assert model.prompt(spelling) == model.prompt("red apple")
+
+
+def test_a_style_that_is_named_makes_another_prompt():
+    model = text_lm()
+    prompts = {tuple(model.prompt(f"{style} red apple")) for style in ("fluent", "noto", "twemoji")}
+    assert len(prompts | {tuple(model.prompt("red apple")), tuple(model.prompt(""))}) == 5
+    assert model.prompt("") == [model.text.token_to_id(vqrae.START_OF_IMAGE)]
+
+
+@pytest.mark.parametrize("record, styled, plain", [
+    ({"style": "noto", "caption": "red apple", "category": "Food & Drink"}, "noto red apple", "red apple"),
+    ({"name": "tench/1.jpg", "category": "great_white_shark"}, "great white shark", "great white shark"),
+    ({"name": "1.jpg", "category": ""}, "", ""),
+])
+def test_a_caption_is_style_and_words_or_the_name_of_the_class(record, styled, plain):
+    assert vqrae.caption_of(record) == styled and vqrae.caption_of(record, style=False) == plain
+
+
+def test_a_saved_language_model_is_loaded_as_the_same_model(tmp_path):
+    model = text_lm()
+    model.save_pretrained(tmp_path)
+    again = vqrae.VisualLM.from_pretrained(tmp_path)
+    draw = {"text": ["a red apple", ""], "cfg_scale": 2.0, "seed": 3}
+    assert again.config == model.config and torch.equal(again.generate(**draw), model.generate(**draw))
+
+
+def test_a_language_model_without_its_text_tokenizer_is_one_sentence(tmp_path):
+    text_lm().save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
+    with pytest.raises(InputError, match="cannot read the text tokenizer"):
+        vqrae.VisualLM.from_pretrained(tmp_path)
+
+
+def test_qwen3_brings_its_text_tokenizer_and_writes_codes_behind_it(qwen3_twin, tmp_path):
+    import shutil
+
+    shutil.copytree(qwen3_twin[1], tmp_path / "qwen3")
+    text = vqrae.train_text_tokenizer(WORDS, 300)
+    text.save(str(tmp_path / "qwen3/tokenizer.json"))
+    model = vqrae.load_qwen3(tmp_path / "qwen3", codebook_size=7, image_tokens=4)
+    assert model.text.to_str() == text.to_str() and model.config.image_tokens == 4
+    assert model.embedding.weight.shape == (57, 32)
+
+
+@pytest.fixture
+def ar_run(encoder_folder, photo_folder, tmp_path):
+    """Arguments of a short stage ar on a random tokenizer of 16 codes an image."""
+    model = small_model(codebook_size=32, codebook_dim=8)
+    model.save_pretrained(tmp_path / "tokenizer")
+    return ["--stage", "ar", "--tokenizer", str(tmp_path / "tokenizer"), "--data", str(photo_folder), "--width", "32",
+            "--depth", "2", "--heads", "2", "--kv-heads", "1", "--head-width", "16", "--mlp-width", "64",
+            "--text-vocabulary", "300", "--batch-size", "4", "--steps", "6", "--log-every", "2", "--evaluate-every",
+            "4", "--checkpoint-every", "3", "--workers", "0", "--device", "cpu", "--out", str(tmp_path / "run")]
+
+
+def test_stage_ar_leaves_a_model_that_writes_images_and_all_its_files(ar_run, tmp_path):
+    train.main(ar_run)
+    out = tmp_path / "run"
+    assert {"config.json", "model.safetensors", "tokenizer.json", "vqrae", "checkpoint", "metrics.jsonl", "curves.png",
+            "summary.json", "samples.png"} <= {path.name for path in out.iterdir()}
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 4, 6] and "val_loss" in lines[1] and "val_loss" in lines[2]
+    assert json.loads((out / "summary.json").read_text())["val_loss"] < 2 * np.log(332)
+    codes = vqrae.VisualLM.from_pretrained(out).generate(text=["class0", "class1", ""], cfg_scale=3.0)
+    assert codes.shape == (3, 16) and codes.max() < 32
+    assert vqrae.VQRAE.from_pretrained(out / "vqrae").decode(codes).shape == (3, 3, 16, 16)
+
+
+def test_stage_ar_resumes_bit_identical(ar_run, tmp_path):
+    assert_resume_is_exact(ar_run, tmp_path)
+
+
+def test_a_transformer_that_knows_its_images_by_heart_writes_them_when_asked(ar_run):
+    run = make_run(ar_run + ["--steps", "250", "--learning-rate", "1e-2", "--caption-dropout", "0",
+                             "--batch-size", "11"])
+    for i, record in enumerate(run.records["train"]):
+        record["category"] = f"picture {i}"  # a name for each
+    take_steps(run, 250)
+    captions = [vqrae.caption_of(record) for record in run.records["train"]]
+    written = run.model.eval().generate(captions, temperature=0)
+    assert (written == run.codes["train"]).float().mean() > 0.95
+
+
+@pytest.mark.parametrize("dropout, expected", [("0", {"class0", "class1"}), ("1", {""})])
+def test_captions_are_left_out_as_often_as_asked(ar_run, dropout, expected, monkeypatch):
+    run = make_run(ar_run + ["--caption-dropout", dropout])
+    asked, prompt = set(), run.model.prompt
+    monkeypatch.setattr(run.model, "prompt", lambda caption: (asked.add(caption), prompt(caption))[1])
+    take_steps(run, 4)
+    assert asked == expected
+
+
+def test_codes_are_made_once_and_made_anew_for_another_tokenizer_or_other_images(photo_folder, tmp_path, monkeypatch):
+    import shutil
+
+    shutil.copytree(photo_folder, tmp_path / "photos")
+    images, calls = vqrae.ImageSet(tmp_path / "photos", "all", 16), []
+    real = vqrae.VQRAE.encode
+    monkeypatch.setattr(vqrae.VQRAE, "encode", lambda model, x: (calls.append(len(x)), real(model, x))[1])
+    first, _ = vqrae.image_codes(small_model(), images, tmp_path / "codes")
+    again, _ = vqrae.image_codes(small_model(), images, tmp_path / "codes")
+    assert torch.equal(first, again) and calls == [12]
+    model = small_model()
+    with torch.no_grad():
+        model.quantizer.W.bias += 1e-3
+    vqrae.image_codes(model, images, tmp_path / "codes")
+    assert calls == [12, 12]
+    os.utime(tmp_path / "photos/class0/0.png", ns=(1, 1))
+    vqrae.image_codes(small_model(), images, tmp_path / "codes")
+    assert calls == [12, 12, 12]
+
+
+def test_codes_of_an_image_are_those_of_its_caption_also_behind_an_unreadable_file(photo_folder, tmp_path):
+    import shutil
+
+    shutil.copytree(photo_folder, tmp_path / "photos")
+    model, clean = small_model(), vqrae.ImageSet(tmp_path / "photos", "all", 16)
+    expected, _ = vqrae.image_codes(model, clean, tmp_path / "codes")
+    broken = Path(clean.sources[3])
+    broken.write_bytes(broken.read_bytes()[:60])  # a header that promises pixels which are not there
+    codes, places = vqrae.image_codes(model, vqrae.ImageSet(tmp_path / "photos", "all", 16), tmp_path / "codes")
+    assert places.tolist() == [0, 1, 2, *range(4, 12)] and torch.equal(codes, expected[places])
+
+
+@pytest.mark.parametrize("extra, sentence", [
+    (["--tokenizer", "/nowhere"], "no model at /nowhere"),
+    (["--codebook-size", "9"], "--codebook-size is no setting of --stage ar"),
+    (["--kv-heads", "3"], "--heads 2 must be a multiple of --kv-heads 3"),
+    (["--qwen3", "{tmp}/tokenizer"], "this loader reads dense Qwen3"),
+    (["--init", "/nowhere"], "--init is for --stage 2"),
+])
+def test_a_wrong_argument_of_stage_ar_is_one_sentence(ar_run, extra, sentence, tmp_path):
+    with pytest.raises(SystemExit, match=sentence) as error:
+        train.main(ar_run + [part.format(tmp=tmp_path) for part in extra])
+    assert "\n" not in str(error.value)
+
+
+def test_stage_ar_does_not_go_on_with_another_tokenizer(ar_run, tmp_path):
+    train.main(ar_run)
+    small_model(seed=1, codebook_size=32, codebook_dim=8).save_pretrained(tmp_path / "tokenizer")
+    with pytest.raises(SystemExit, match="codes of the images"):
+        train.main(ar_run + ["--resume"])
+
+
+def test_a_preset_says_which_stages_it_has(ar_run):
+    with pytest.raises(SystemExit, match="--preset qwen3-0.6b has no settings for --stage 1"):
+        train.main(["--stage", "1", "--preset", "qwen3-0.6b"])
+    train.main(["--stage", "ar", "--preset", "qwen3-0.6b", "--print-config"])
+
+
+@given(seed=seeds, d=st.integers(2, 8), n=st.integers(2, 20))
+def test_the_nearest_picture_to_one_of_the_gallery_is_itself(seed, d, n):
+    gallery = torch.randn(n, d, generator=torch.Generator().manual_seed(seed))
+    found = vqrae.nearest(gallery, gallery).tolist()
+    z = (gallery - gallery.mean(0)) / (gallery.std(0) + 1e-6)
+    z = F.normalize(z, dim=1).double().numpy()
+    assert np.allclose([z[i] @ z[j] for i, j in enumerate(found)], 1, atol=1e-5)
+
+
+def test_retrieval_counts_names_categories_and_subcategories():
+    apple = {"name": "apple", "category": "food", "subcategory": "fruit", "style": "noto"}
+    pear, cat = {**apple, "name": "pear"}, {"name": "cat", "category": "animals", "subcategory": "mammals"}
+    asked = [apple, apple, apple, apple]
+    found = vqrae.retrieval([{**apple, "style": "fluent"}, pear, cat, apple], asked)
+    assert found == {"name": 0.5, "category": 0.75, "subcategory": 0.75}
+    assert vqrae.retrieval([{"name": "a"}], [{"name": "b"}]) == {"name": 0.0}
+
+
+# --- understanding: section 3.4 ---
+
+
+def small_captioner(seed=0):
+    lm = text_lm(seed, codebook_size=0)
+    torch.manual_seed(seed)
+    model = vqrae.Captioner(vqrae.CaptionerConfig(small_vit(), lm.config), lm.text)
+    model.lm = lm
+    return model.eval()
+
+
+@given(seed=seeds, batch=st.integers(1, 3))
+def test_a_caption_is_the_likeliest_word_by_word_with_and_without_the_cache(seed, batch):
+    model = small_captioner(seed)
+    images = torch.rand(batch, 3, 16, 16, generator=torch.Generator().manual_seed(seed))
+    end = model.lm.text.token_to_id(vqrae.END_OF_TEXT)
+    for image, caption in zip(images, model.caption(images, most=6)):
+        tokens = []
+        with torch.no_grad():
+            while len(tokens) < 6:  # one image at a time, everything anew, no cache
+                x = model.read(model.encoder(image[None]))
+                if tokens:
+                    x = torch.cat([x, model.lm.embedding(torch.tensor([tokens]))], dim=1)
+                tokens.append(int((model.lm.transform(x)[0, -1] @ model.lm.embedding.weight.T).argmax()))
+                if tokens[-1] == end:
+                    break
+        assert caption == model.lm.text.decode([token for token in tokens if token != end]).strip()
+
+
+@given(seed=seeds, captions=st.lists(st.sampled_from(["red apple", "cat", "flag: Chile", ""]), min_size=1, max_size=4))
+def test_the_caption_loss_is_the_cross_entropy_of_words_and_ends_whatever_the_padding(seed, captions):
+    model = small_captioner(seed)
+    images = torch.rand(len(captions), 3, 16, 16, generator=torch.Generator().manual_seed(seed))
+    end, total, count = model.lm.text.token_to_id(vqrae.END_OF_TEXT), 0.0, 0
+    with torch.no_grad():
+        for image, caption in zip(images, captions):
+            tokens = model.lm.text.encode(caption).ids + [end]
+            x = torch.cat([model.read(model.encoder(image[None])), model.lm.embedding(torch.tensor([tokens]))], dim=1)
+            log_p = (model.lm.transform(x) @ model.lm.embedding.weight.T).double().log_softmax(-1)[0, -1 - len(tokens):]
+            total -= sum(log_p[i, token].item() for i, token in enumerate(tokens))
+            count += len(tokens)
+        assert model.loss(images, captions).item() == pytest.approx(total / count, rel=1e-4)
+
+
+def test_a_saved_captioner_is_loaded_as_the_same_captioner(tmp_path):
+    model = small_captioner()
+    model.save_pretrained(tmp_path)
+    images = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    assert vqrae.Captioner.from_pretrained(tmp_path).caption(images) == model.caption(images)
+
+
+@pytest.mark.parametrize("record, text", [
+    ({"category": "Food & Drink", "caption": "red apple", "style": "noto"}, "Food & Drink: red apple"),
+    ({"category": "great_white_shark"}, "great white shark"), ({"category": ""}, "")])
+def test_a_captioner_is_to_say_category_and_caption_as_far_as_there_are(record, text):
+    assert vqrae.text_of(record) == text
+
+
+@pytest.fixture
+def caption_run(encoder_folder, ar_run):
+    start = ar_run.index("--width")
+    return ["--stage", "caption", "--encoder", str(encoder_folder), "--image-size", "16", "--data",
+            ar_run[ar_run.index("--data") + 1], *ar_run[start:]]
+
+
+def test_stage_caption_trains_all_but_the_encoder(caption_run, encoder_folder):
+    run = make_run(caption_run + ["--learning-rate", "1e-2", "--warmup-steps", "1"])
+    before = {name: parameter.detach().clone() for name, parameter in run.model.named_parameters()}
+    take_steps(run, 3)
+    for name, parameter in run.model.named_parameters():
+        assert torch.equal(parameter, before[name]) == name.startswith("encoder."), name
+    reference = vqrae.load_encoder(encoder_folder).state_dict()
+    assert all(torch.equal(tensor, reference[name]) for name, tensor in run.model.encoder.state_dict().items())
+
+
+def test_stage_caption_resumes_bit_identical(caption_run, tmp_path):
+    assert_resume_is_exact(caption_run, tmp_path)
+
+
+def test_a_captioner_that_learnt_its_images_names_their_classes(tmp_path, encoder_folder, caption_run):
+    for i in range(40):
+        colour = (255, 40 * (i % 5), 0) if i % 2 else (0, 40 * (i % 5), 255)
+        folder = tmp_path / "colours" / ("red" if i % 2 else "blue")
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (16, 16), colour).save(folder / f"{i}.png")
+    train.main(caption_run + ["--data", str(tmp_path / "colours"), "--steps", "60", "--learning-rate", "1e-2",
+                              "--warmup-steps", "5", "--overwrite"])
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert summary["val_exact"] == summary["val_category"] == 1.0
+
+
+def test_images_without_captions_cannot_teach_a_captioner(caption_run, tmp_path):
+    (tmp_path / "flat").mkdir()
+    for i in range(3):
+        Image.new("RGB", (16, 16), (80 * i, 0, 0)).save(tmp_path / "flat" / f"{i}.png")
+    with pytest.raises(SystemExit, match="have no captions: put them into one folder per class"):
+        train.main(caption_run + ["--data", str(tmp_path / "flat")])
+
+
+def test_the_encoder_inside_a_vqrae_loads_like_any_encoder(tmp_path):
+    model = small_model(3)
+    model.save_pretrained(tmp_path)
+    images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(vqrae.load_encoder(tmp_path)(images), model.encode(images)[0])
 
 
 # --- Tables 5 and 6 in small ---
@@ -1530,3 +1849,72 @@ def test_an_error_on_the_command_line_is_a_sentence_and_an_exit_code_not_a_trace
     result = subprocess.run(arguments, capture_output=True, text=True)
     assert result.returncode == 1 and "Traceback" not in result.stderr
     assert result.stderr.startswith("error: no model at")
+
+
+@pytest.fixture
+def written_models(tmp_path):
+    """Folders of a random generator and a random captioner."""
+    text_lm(codebook_size=32, image_tokens=16).save_pretrained(tmp_path / "ar")
+    small_model(codebook_size=32, codebook_dim=8).save_pretrained(tmp_path / "ar/vqrae")
+    small_captioner().save_pretrained(tmp_path / "caption")
+    return {"ar": str(tmp_path / "ar"), "caption": str(tmp_path / "caption"), "vqrae": str(tmp_path / "ar/vqrae")}
+
+
+def test_generate_writes_a_grid_and_single_pictures_that_a_seed_repeats(written_models, tmp_path):
+    for out, seed in (("a", "0"), ("b", "0"), ("c", "1")):
+        sample.main(["generate", "a red apple", "Cat / face?", "a red apple", "--model", written_models["ar"], "--count",
+                     "2", "--seed", seed, "--out", str(tmp_path / out), "--device", "cpu"])
+    names = {"grid.png", "cat-face-0.png", "cat-face-1.png", *(f"a-red-apple-{i}.png" for i in range(4))}
+    assert {path.name for path in (tmp_path / "a").iterdir()} == names
+    pictures = [(tmp_path / out / "grid.png").read_bytes() for out in "abc"]
+    assert pictures[0] == pictures[1] != pictures[2]
+    assert Image.open(tmp_path / "a/cat-face-0.png").size == (16, 16)
+
+
+def test_without_a_caption_generate_draws_whatever_comes(written_models, tmp_path):
+    sample.main(["generate", "--model", written_models["ar"], "--out", str(tmp_path / "out"), "--device", "cpu"])
+    assert len(list((tmp_path / "out").glob("unconditional-*.png"))) == 16
+
+
+def test_evaluate_of_a_generator_shows_ceiling_and_floor(written_models, photo_folder, encoder_folder, capsys):
+    sample.main(["evaluate", "--model", written_models["ar"], "--data", str(photo_folder), "--count", "5", "--device",
+                 "cpu", "--frechet-encoder", str(encoder_folder)])
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    training, held_out = result["training captions"], result["held-out captions"]
+    assert training["pictures"] == 5 and held_out["pictures"] == 1  # a twentieth of twelve is held out
+    for row in ("generated", "reconstructed (ceiling)", "shuffled captions (floor)"):
+        assert set(training[row]) == {"name", "category"}  # one picture has no covariance, so no Frechet distance
+        assert all(0 <= share <= 1 for share in training[row].values())
+
+
+def test_caption_says_a_line_for_every_readable_file(written_models, tmp_path, capsys):
+    names = write_variants(tmp_path)
+    (tmp_path / "broken.png").write_bytes(b"broken")
+    sample.main(["caption", *(str(tmp_path / name) for name in names + ["broken.png"]), "--model",
+                 written_models["caption"], "--device", "cpu"])
+    said = capsys.readouterr()
+    assert [line.split(":")[0] for line in said.out.splitlines()] == [str(tmp_path / name) for name in names]
+    assert "broken.png" in said.err
+
+
+def test_swapping_in_the_same_encoder_changes_nothing(written_models, photo_folder, tmp_path, capsys):
+    captioner = vqrae.Captioner.from_pretrained(written_models["caption"])
+    vqrae.save_encoder(captioner.encoder, tmp_path / "same")
+    sample.main(["evaluate", "--model", written_models["caption"], "--data", str(photo_folder), "--split", "all",
+                 "--encoder", str(tmp_path / "same"), "--encoder", written_models["vqrae"], "--device", "cpu"])
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    rows = [value for name, value in result.items() if "encoder" in name]
+    assert len(rows) == 3 and rows[0] == rows[1] and set(rows[2]) == {"exact", "category"}
+
+
+@pytest.mark.parametrize("arguments, sentence", [
+    (["generate", "x", "--model", "{vqrae}"], "does not describe a VisualLM"),
+    (["caption", "x.png", "--model", "{ar}"], "does not describe a Captioner"),
+    (["caption", "x.png", "--model", "{caption}"], "none of the given files"),
+    (["caption", "x.png", "--model", "{caption}", "--encoder", "data/tiny_vit"], "has other sizes"),
+    (["reconstruct", "x.png", "--model", "{ar}"], "does not describe a VQRAE"),
+])
+def test_a_model_of_another_kind_is_one_sentence(written_models, arguments, sentence):
+    with pytest.raises(SystemExit, match=sentence) as error:
+        sample.main([part.format(**written_models) for part in arguments])
+    assert "\n" not in str(error.value)

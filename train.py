@@ -1,13 +1,15 @@
-"""Train a VQRAE.
+"""Train a VQRAE, and the transformers that write and read its images.
 
     python train.py --stage 1                      # the shipped encoder and emoji, a laptop, a few minutes
     python train.py --stage 1 --data my/photos     # any folder of images
     python train.py --stage 1 --resume             # go on after an interruption, bit for bit
     python train.py --stage 2 --init out/stage1    # unfreeze the encoder, under self-distillation
+    python train.py --stage ar --tokenizer out/stage2    # a transformer that writes images, code by code, from text
+    python train.py --stage caption                # one that reads the encoder's features and writes captions
     python train.py --ablate codebook              # Table 5 in small; --ablate strategy: Table 6
 
 Leaves in --out: config.json + model.safetensors (averaged weights, what sample.py reads), metrics.jsonl, summary.json,
-curves.png, reconstructions.png, and checkpoint/ (what --resume needs).
+curves.png, reconstructions.png or samples.png, and checkpoint/ (what --resume needs).
 """
 
 import argparse
@@ -50,21 +52,21 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add, whole, count = parser.add_argument, number(int, zero=True), number(int)
     command = parser.add_mutually_exclusive_group(required=True)
-    command.add_argument("--stage", choices=["1", "2"], help="1: frozen encoder, train codebook and decoder; "
-                         "2: train the encoder too, from a model of stage 1")
+    command.add_argument("--stage", choices=list(STAGES), help="1: frozen encoder, train codebook and decoder; "
+                         "2: train the encoder too, from a model of stage 1; ar: a transformer that predicts codes "
+                         "from text; caption: one that writes captions of an encoder's features")
     command.add_argument("--ablate", choices=list(ABLATIONS), help="many short runs and a table of them; codebook: "
                          "Table 5, its dimension and size; strategy: Table 6, when and how the encoder trains")
     add("--init", type=Path, help="stage 2: the model of stage 1 to start from (default: out/stage1)")
     add("--preset", choices=list(vqrae.PRESETS), default="tiny", help="the settings that the flags below change")
-    for field in fields(vqrae.TrainingConfig):
-        if "help" in field.metadata:
-            kind = field.type if field.type in (str, float) else int
-            if kind is not str:
-                kind = number(kind, field.metadata["zero"], field.metadata["most"])
-            add(f"--{field.name.replace('_', '-')}", type=kind, choices=field.metadata["choices"],
-                help=field.metadata["help"])
+    for name, field in SETTINGS.items():
+        kind = field.type if field.type in (str, float) else str if field.type == str | None else int
+        if kind is not str:
+            kind = number(kind, field.metadata["zero"], field.metadata["most"])
+        add(f"--{name.replace('_', '-')}", type=kind, choices=field.metadata["choices"], help=field.metadata["help"])
     add("--seed", type=whole, default=0, help="of weights, order and crops: the same seed gives the same run")
-    add("--out", type=Path, default=None, help="folder for everything the run writes (default: out/stage1, out/stage2)")
+    add("--out", type=Path, default=None,
+        help="folder for everything the run writes (default: out/stage1, out/stage2, out/ar, out/caption)")
     add("--resume", action="store_true", help="continue the run in --out from its last checkpoint")
     add("--overwrite", action="store_true", help="start anew in an --out that already holds a run")
     add("--checkpoint-every", type=count, default=200, metavar="N", help="steps between checkpoints")
@@ -74,23 +76,29 @@ def parse_args(argv=None):
     add("--device", default="auto", help="auto, cuda, mps or cpu")
     add("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="auto: bf16 where the device has it")
     add("--compile", action="store_true", help="torch.compile: slower to start, faster steps")
-    add("--benchmark", action="store_true", help="time steady steps, print one JSON line, write nothing")
+    add("--benchmark", action="store_true", help="time steady steps, print one JSON line, train nothing")
     add("--print-config", action="store_true", help="print all settings as JSON and stop")
     args = parser.parse_args(argv)
-    args.out = args.out or Path(f"out/stage{args.stage}" if args.stage else f"out/ablate-{args.ablate}")
+    name = f"stage{args.stage}" if args.stage in ("1", "2") else args.stage or f"ablate-{args.ablate}"
+    args.out = args.out or Path("out") / name
     return args
 
 
 def settings_for(args, stage):
-    """The preset's TrainingConfig of a stage, changed by the flags given; InputError for those of the other stage."""
-    if stage == "1" and args.init:
-        raise InputError("--init is for --stage 2; stage 1 starts from --encoder")
-    given = {field.name: getattr(args, field.name) for field in fields(vqrae.TrainingConfig)
-             if getattr(args, field.name, None) is not None}
-    for name in vqrae.FIXED_BY_STAGE_1:
-        if args.stage == "2" and name in given:
-            raise InputError(f"--{name.replace('_', '-')} is fixed by the model that stage 2 starts from, --init")
-    return replace(vqrae.PRESETS[args.preset][stage], **given)
+    """The preset's settings of a stage, changed by the flags given; InputError for flags that it does not have."""
+    if args.init and stage != "2":
+        raise InputError("--init is for --stage 2, which starts from a model of stage 1")
+    if stage not in vqrae.PRESETS[args.preset]:
+        raise InputError(f"--preset {args.preset} has no settings for --stage {stage}")
+    config = vqrae.PRESETS[args.preset][stage]
+    given = {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}
+    for name in given:
+        flag = f"--{name.replace('_', '-')}"
+        if args.stage == "2" and name in vqrae.FIXED_BY_STAGE_1:
+            raise InputError(f"{flag} is fixed by the model that stage 2 starts from, --init")
+        if not hasattr(config, name):
+            raise InputError(f"{flag} is no setting of --stage {stage}")
+    return replace(config, **given)
 
 
 def choose_device(name):
@@ -115,106 +123,53 @@ def multiplies_bf16(device):
 
 
 class Run:
-    """Everything of a training run that lives longer than a step: model, average, optimizers, data, counters."""
+    """What every training run has: model, average, optimizer, counters, checkpoints. A stage adds data and loss.
+
+    A stage has `batches()`, which go on where the run is; `step(batch)`; `evaluate()`, figures with "val_" before their
+    names; `draw()`, pictures in --out; and `summary()`, its last figures.
+    """
+
+    FOLDERS = ("data", "encoder", "tokenizer", "qwen3")  # settings that may move between the parts of a run
 
     def __init__(self, args, config):
         self.args, self.config = args, config
         self.device = choose_device(args.device)
         self.bf16 = args.precision == "bf16" or args.precision == "auto" and multiplies_bf16(self.device)
         torch.manual_seed(args.seed)
-        if args.stage == "1":
-            self.model = self.new_model()
-        else:
-            self.init = args.init or Path("out/stage1")
-            self.model = vqrae.VQRAE.from_pretrained(self.init)
-            for name in vqrae.FIXED_BY_STAGE_1:
-                setattr(config, name, getattr(self.model.config, name, None))
-            self.init_digest = hashlib.sha256((self.init / "model.safetensors").read_bytes()).hexdigest()
-        self.train_images = vqrae.ImageSet(config.data, "train", config.image_size)
-        self.val_images = vqrae.ImageSet(config.data, "val", config.image_size)
+        self.done, self.seconds, self.window = 0, 0.0, {}
+
+    def read_images(self, size):
+        """Both splits of --data, and the number of processes that read them."""
+        self.train_images = vqrae.ImageSet(self.config.data, "train", size)
+        self.val_images = vqrae.ImageSet(self.config.data, "val", size)
         workers = 0 if self.train_images.from_sheets else min(4, os.cpu_count() or 1)
-        self.workers = workers if args.workers is None else args.workers
+        self.workers = workers if self.args.workers is None else self.args.workers
 
-        # The teacher T is the encoder as it is now. As long as the encoder is frozen they are one.
-        encoder_trains = config.encoder_learning_rate > 0
-        self.teacher = copy.deepcopy(self.model.encoder) if encoder_trains else self.model.encoder
-        self.teacher.eval().requires_grad_(False).to(self.device)
-        self.model.encoder.requires_grad_(encoder_trains)
-        self.distils = encoder_trains and config.distillation_weight > 0
-        self.model.to(self.device)
-        self.perceptual = {"vfm": lambda: vqrae.VFMPerceptual(self.teacher), "lpips-convnext": vqrae.PaperPerceptual,
-                           "none": lambda: None}[config.perceptual]()
-        if config.perceptual == "lpips-convnext":
-            self.perceptual.to(self.device)
-
-        self.optimizer = self.adamw(self.model, config.learning_rate)
-        self.trained = [p for p in self.model.parameters() if p.requires_grad]
-        self.discriminator = None
-        if config.adversarial_weight > 0:
-            if config.discriminator_width % 32:
-                raise InputError(f"--discriminator-width {config.discriminator_width} is not a multiple of 32")
-            self.discriminator = vqrae.Discriminator(config.discriminator_width).to(self.device)
-            self.discriminator_optimizer = self.adamw(self.discriminator, config.discriminator_learning_rate)
-        self.average = copy.deepcopy(self.model).eval()  # the exponential moving average: evaluated and exported
-        self.fast_model = torch.compile(self.model) if args.compile else self.model
-        self.done, self.seconds = 0, 0.0
-        self.reset_window()
-
-    def new_model(self):
-        """An untrained VQRAE around the pretrained encoder; InputError when the sizes do not fit together."""
-        config, encoder = self.config, vqrae.load_encoder(self.config.encoder)
-        p = encoder.config.patch_size
-        q = config.output_patch_size or p
-        if config.image_size % p or config.image_size < 2 * p:
-            raise InputError(f"--image-size {config.image_size} is not a multiple, at least twice, of the encoder's "
-                             f"patches of {p} pixels")
-        if config.image_size * q // p < max(11, 2 * p):
-            raise InputError(f"images of {config.image_size * q // p} pixels would come out; SSIM needs 11 and the "
-                             f"perceptual loss {2 * p}: choose a larger --image-size or --output-patch-size")
-        model = vqrae.VQRAE(vqrae.VQRAEConfig(
-            encoder=encoder.config, image_size=config.image_size, output_patch_size=q,
-            codebook_size=config.codebook_size, codebook_dim=config.codebook_dim, quantizer=config.quantizer,
-            beta_side=config.beta_side))
-        model.encoder = encoder
-        return model
+    def set_up(self, model, forward):
+        """Take a model on the device, and `forward`, the part of it that a step calls."""
+        self.model, self.plain_forward = model, forward
+        self.forward = torch.compile(forward) if self.args.compile else forward
+        self.optimizer = self.adamw(model, self.config.learning_rate)
+        self.trained = [p for p in model.parameters() if p.requires_grad]
+        self.average = copy.deepcopy(model).eval()  # the exponential moving average: evaluated and exported
+        self.parts = {"model": model, "average": self.average, "optimizer": self.optimizer}
 
     def adamw(self, module, learning_rate):
-        """AdamW for what a module trains: the encoder at its own rate, and no decay for vectors and embeddings."""
-        groups = {}
+        """AdamW for what a module trains: a VQRAE's encoder at its own rate, no decay for vectors and embeddings."""
+        groups, config = {}, self.config
         for name, parameter in module.named_parameters():
             if parameter.requires_grad:
                 # TiTok's rule exempts embeddings, and W stands for one.
                 matrix = parameter.dim() >= 2 and not name.startswith(("quantizer.", "encoder.positions",
                                                                        "encoder.cls_token"))
-                rate = self.config.encoder_learning_rate if name.startswith("encoder.") else learning_rate
-                groups.setdefault((rate, self.config.weight_decay if matrix else 0.0), []).append(parameter)
+                rate = config.encoder_learning_rate if name.startswith("encoder.") else learning_rate
+                groups.setdefault((rate, config.weight_decay if matrix else 0.0), []).append(parameter)
         return torch.optim.AdamW([{"params": parameters, "lr": rate, "peak": rate, "weight_decay": decay}
-                                  for (rate, decay), parameters in groups.items()], betas=self.config.betas)
-
-    def reset_window(self):
-        """Forget the sums since the last log line."""
-        self.window = {}
-        self.counts = torch.zeros(self.config.codebook_size, dtype=torch.int64, device=self.device)
+                                  for (rate, decay), parameters in groups.items()], betas=config.betas,
+                                 eps=config.adam_epsilon)
 
     def start(self):
-        """Before step 0 of stage 1: show the model training features, to standardise them and to place its codes."""
-        if self.args.stage == "2":
-            return  # the model of stage 1 has done so
-        keys = vqrae.TrainingOrder(len(self.train_images), self.args.seed, start=0)
-        wanted, features, patches = max(START_TOKENS, 4 * self.config.codebook_size), [], []
-        p = self.model.config.encoder.patch_size
-        for batch in self.train_images.batches(keys, self.config.batch_size, self.workers):
-            images = batch.to(self.device).float() / 255
-            with torch.no_grad():
-                features.append(self.model.encoder(images).flatten(0, 1))  # (B * N, d)
-            patches.append(nn.functional.unfold(images, p, stride=p).transpose(1, 2).flatten(0, 1))  # (B * N, 3*p*p)
-            wanted -= len(features[-1])
-            if wanted <= 0:
-                break
-        generator = torch.Generator().manual_seed(self.args.seed)
-        self.model.start(torch.cat(features), torch.cat(patches), self.config.codebook_init,
-                         self.config.projection_init, generator)
-        self.average.load_state_dict(self.model.state_dict())
+        """What comes before step 0."""
 
     def schedule(self, step, start=0):
         """Share of its highest learning rate that a part has which sets in at `start`: linear warm-up, then cosine.
@@ -228,69 +183,48 @@ class Run:
         progress = (step - warmup) / max(1, steps - warmup)
         return config.end_factor + (1 - config.end_factor) * 0.5 * (1 + math.cos(math.pi * progress))
 
-    def step(self, batch):
-        """One update on a batch of uint8 images; InputError, before anything changes, when the loss is not finite."""
-        config, images = self.config, batch.to(self.device).float() / 255
-        generator = torch.Generator().manual_seed((self.args.seed * 2**40 + self.done) % 2**63)
-        adversarial = self.discriminator is not None and self.done >= config.discriminator_start
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            out = self.fast_model(images)
-            with torch.no_grad():
-                teacher_features = self.teacher(images) if self.distils else None
-            loss, terms = vqrae.stage2_loss(
-                images, out, self.perceptual, config.perceptual_weight, config.quantizer_weight, generator,
-                teacher_features, config.distillation_weight, self.discriminator if adversarial else None,
-                config.adversarial_weight)
-        terms = {"loss": loss, **terms}
+    def generator(self):
+        """What a step draws from: the same at the same step of the same seed, interrupted or not."""
+        return torch.Generator().manual_seed((self.args.seed * 2**40 + self.done) % 2**63)
+
+    def gradients(self, loss):
+        """Compute and clip the gradients of the loss; return their norm."""
         self.optimizer.zero_grad()
         loss.backward()
-        terms["grad_norm"] = nn.utils.clip_grad_norm_(self.trained, config.max_grad_norm)
-        reconstruction = out.reconstruction.detach().float()
-        target = vqrae.resize_to(images, reconstruction)
-        if adversarial:
-            self.discriminator_optimizer.zero_grad()
-            discriminator_loss, logits = self.discriminator.loss(target, reconstruction)
-            discriminator_loss.backward()
-            norm = nn.utils.clip_grad_norm_(self.discriminator.parameters(), config.max_grad_norm)
-            terms.update(discriminator_loss=discriminator_loss, discriminator_grad_norm=norm, **logits)
+        return nn.utils.clip_grad_norm_(self.trained, self.config.max_grad_norm)
+
+    def update(self, terms, *others):
+        """Move weights and average by the gradients there are; InputError, before that, if a term is not finite.
+
+        others: further optimizers, each with the step at which it sets in.
+        """
         if not torch.isfinite(torch.stack([value.detach() for value in terms.values()])).all():
             bad = ", ".join(f"{name} {value.item():.4g}" for name, value in terms.items())
             raise InputError(f"the loss or its gradient is not finite at step {self.done} ({bad}); the last good "
                              f"checkpoint is kept, and a lower --learning-rate may help")
-        optimizers = [(self.optimizer, 0)]
-        if adversarial:
-            optimizers.append((self.discriminator_optimizer, config.discriminator_start))
-        for optimizer, start in optimizers:
+        for optimizer, start in ((self.optimizer, 0), *others):
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * self.schedule(self.done, start)
             optimizer.step()
         self.done += 1
-        decay = min(config.ema_decay, (1 + self.done) / (10 + self.done))  # short at first, to forget the start
+        decay = min(self.config.ema_decay, (1 + self.done) / (10 + self.done))  # short at first, to forget the start
         with torch.no_grad():
             averaged = [p for p, q in zip(self.average.parameters(), self.model.parameters()) if q.requires_grad]
             torch._foreach_lerp_(averaged, self.trained, 1 - decay)
-            terms.update(train_psnr=vqrae.psnr(target, reconstruction.clamp(0, 1)).mean(),
-                         z_norm=out.z.norm(dim=-1).mean(), code_norm=out.z_q.norm(dim=-1).mean())
-            for name, value in terms.items():  # stays on the device: reading a value would wait for it
-                total, count = self.window.get(name, (0.0, 0))
-                self.window[name] = (total + value.detach(), count + 1)
-            if out.indices is not None:
-                self.counts += torch.bincount(out.indices.flatten(), minlength=len(self.counts))
+        self.note(terms)
+
+    def note(self, terms):
+        """Add named values to the sums that the next log line takes its means from."""
+        for name, value in terms.items():  # stays on the device: reading a value would wait for it
+            total, count = self.window.get(name, (0.0, 0))
+            self.window[name] = (total + value.detach(), count + 1)
 
     def log(self, images_per_second):
         """The means since the last log line, as one object of metrics.jsonl."""
-        utilization, perplexity = vqrae.codebook_usage(self.counts)
         line = {"step": self.done, **{name: total.item() / count for name, (total, count) in self.window.items()},
                 "lr": self.optimizer.param_groups[0]["lr"], "images_per_second": images_per_second}
-        if self.counts.sum():
-            line.update(train_utilization=utilization, train_perplexity=perplexity)
-        self.reset_window()
+        self.window = {}
         return line
-
-    def evaluate(self, **options):
-        """Metrics of the averaged model on the held-out images, each name with "val_" before it."""
-        result = vqrae.evaluate(self.average, self.val_images, 64, self.device, self.workers, **options)
-        return {f"val_{name}": value for name, value in result.items()}
 
     # --- checkpoints: one file, replaced in one step ---
 
@@ -300,24 +234,16 @@ class Run:
 
     def settings(self):
         """What must not change between the parts of a run, as plain values; folders may move."""
-        config = {name: value for name, value in asdict(self.config).items() if name not in ("data", "encoder")}
-        if self.args.stage == "2":
-            config["model of --init (SHA-256)"] = self.init_digest
+        config = {name: value for name, value in asdict(self.config).items() if name not in self.FOLDERS}
         return json.loads(json.dumps({"stage": self.args.stage, "seed": self.args.seed,
                                       "precision": "bf16" if self.bf16 else "fp32",
-                                      "training images": len(self.train_images),
-                                      "encoder": asdict(self.model.config.encoder), **config}))
+                                      "training images": len(self.train_images), **config}))
 
     def save(self):
         """Write the checkpoint beside the old one, then put it in the old one's place."""
         self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
         state = {"settings": self.settings(), "done": self.done, "seconds": self.seconds, "window": self.window,
-                 "counts": self.counts,
-                 "model": self.model.state_dict(), "average": self.average.state_dict(),
-                 "optimizer": self.optimizer.state_dict(), "rng": torch.get_rng_state()}
-        if self.discriminator is not None:
-            state["discriminator"] = self.discriminator.state_dict()
-            state["discriminator_optimizer"] = self.discriminator_optimizer.state_dict()
+                 "rng": torch.get_rng_state(), **{name: part.state_dict() for name, part in self.parts.items()}}
         if self.device.type == "cuda":
             state["cuda_rng"] = torch.cuda.get_rng_state()
         part = self.checkpoint.with_suffix(".tmp")
@@ -342,18 +268,332 @@ class Run:
             if state["settings"].get(name) != value:
                 raise InputError(f"--resume continues a run with its own settings: {name} is "
                                  f"{state['settings'].get(name)!r} in {self.args.out}, not {value!r}")
-        self.model.load_state_dict(state["model"])
-        self.average.load_state_dict(state["average"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self.discriminator is not None:
-            self.discriminator.load_state_dict(state["discriminator"])
-            self.discriminator_optimizer.load_state_dict(state["discriminator_optimizer"])
+        for name, part in self.parts.items():
+            part.load_state_dict(state[name])
         self.done, self.seconds = state["done"], state["seconds"]
         self.window = {name: (total.to(self.device), count) for name, (total, count) in state["window"].items()}
-        self.counts = state["counts"].to(self.device)
         torch.set_rng_state(state["rng"])
         if "cuda_rng" in state and self.device.type == "cuda":
             torch.cuda.set_rng_state(state["cuda_rng"])
+
+
+class TokenizerRun(Run):
+    """Stages 1 and 2: encoder, codebook and decoder learn to reconstruct images."""
+
+    def __init__(self, args, config):
+        super().__init__(args, config)
+        if args.stage == "1":
+            model = self.new_model()
+        else:
+            self.init = args.init or Path("out/stage1")
+            model = vqrae.VQRAE.from_pretrained(self.init)
+            for name in vqrae.FIXED_BY_STAGE_1:
+                setattr(config, name, getattr(model.config, name, None))
+            self.init_digest = hashlib.sha256((self.init / "model.safetensors").read_bytes()).hexdigest()
+        self.read_images(config.image_size)
+
+        # The teacher T is the encoder as it is now. As long as the encoder is frozen they are one.
+        encoder_trains = config.encoder_learning_rate > 0
+        self.teacher = copy.deepcopy(model.encoder) if encoder_trains else model.encoder
+        self.teacher.eval().requires_grad_(False).to(self.device)
+        model.encoder.requires_grad_(encoder_trains)
+        self.distils = encoder_trains and config.distillation_weight > 0
+        model.to(self.device)
+        self.perceptual = {"vfm": lambda: vqrae.VFMPerceptual(self.teacher), "lpips-convnext": vqrae.PaperPerceptual,
+                           "none": lambda: None}[config.perceptual]()
+        if config.perceptual == "lpips-convnext":
+            self.perceptual.to(self.device)
+
+        self.set_up(model, model)
+        self.tokens_per_image = (config.image_size // model.config.encoder.patch_size) ** 2
+        self.discriminator = None
+        if config.adversarial_weight > 0:
+            if config.discriminator_width % 32:
+                raise InputError(f"--discriminator-width {config.discriminator_width} is not a multiple of 32")
+            self.discriminator = vqrae.Discriminator(config.discriminator_width).to(self.device)
+            self.discriminator_optimizer = self.adamw(self.discriminator, config.discriminator_learning_rate)
+            self.parts.update(discriminator=self.discriminator, discriminator_optimizer=self.discriminator_optimizer)
+
+    def new_model(self):
+        """An untrained VQRAE around the pretrained encoder; InputError when the sizes do not fit together."""
+        config, encoder = self.config, vqrae.load_encoder(self.config.encoder)
+        p = encoder.config.patch_size
+        q = config.output_patch_size or p
+        if config.image_size % p or config.image_size < 2 * p:
+            raise InputError(f"--image-size {config.image_size} is not a multiple, at least twice, of the encoder's "
+                             f"patches of {p} pixels")
+        if config.image_size * q // p < max(11, 2 * p):
+            raise InputError(f"images of {config.image_size * q // p} pixels would come out; SSIM needs 11 and the "
+                             f"perceptual loss {2 * p}: choose a larger --image-size or --output-patch-size")
+        model = vqrae.VQRAE(vqrae.VQRAEConfig(
+            encoder=encoder.config, image_size=config.image_size, output_patch_size=q,
+            codebook_size=config.codebook_size, codebook_dim=config.codebook_dim, quantizer=config.quantizer,
+            beta_side=config.beta_side))
+        model.encoder = encoder
+        return model
+
+    def settings(self):
+        settings = {**super().settings(), "encoder": json.loads(json.dumps(asdict(self.model.config.encoder)))}
+        if self.args.stage == "2":
+            settings["model of --init (SHA-256)"] = self.init_digest
+        return settings
+
+    def start(self):
+        """Before step 0 of stage 1: show the model training features, to standardise them and to place its codes."""
+        if self.args.stage == "2":
+            return  # the model of stage 1 has done so
+        keys = vqrae.TrainingOrder(len(self.train_images), self.args.seed, start=0)
+        wanted, features, patches = max(START_TOKENS, 4 * self.config.codebook_size), [], []
+        p = self.model.config.encoder.patch_size
+        for batch in self.train_images.batches(keys, self.config.batch_size, self.workers):
+            images = batch.to(self.device).float() / 255
+            with torch.no_grad():
+                features.append(self.model.encoder(images).flatten(0, 1))  # (B * N, d)
+            patches.append(nn.functional.unfold(images, p, stride=p).transpose(1, 2).flatten(0, 1))  # (B * N, 3*p*p)
+            wanted -= len(features[-1])
+            if wanted <= 0:
+                break
+        generator = torch.Generator().manual_seed(self.args.seed)
+        self.model.start(torch.cat(features), torch.cat(patches), self.config.codebook_init,
+                         self.config.projection_init, generator)
+        self.average.load_state_dict(self.model.state_dict())
+
+    def batches(self):
+        keys = vqrae.TrainingOrder(len(self.train_images), self.args.seed, self.done * self.config.batch_size)
+        return self.train_images.batches(keys, self.config.batch_size, self.workers)
+
+    def step(self, batch):
+        """One update on a batch of uint8 images; InputError, before anything changes, when the loss is not finite."""
+        config, images, others = self.config, batch.to(self.device).float() / 255, []
+        adversarial = self.discriminator is not None and self.done >= config.discriminator_start
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            out = self.forward(images)
+            with torch.no_grad():
+                teacher_features = self.teacher(images) if self.distils else None
+            loss, terms = vqrae.stage2_loss(
+                images, out, self.perceptual, config.perceptual_weight, config.quantizer_weight, self.generator(),
+                teacher_features, config.distillation_weight, self.discriminator if adversarial else None,
+                config.adversarial_weight)
+        terms = {"loss": loss, **terms, "grad_norm": self.gradients(loss)}
+        reconstruction = out.reconstruction.detach().float()
+        target = vqrae.resize_to(images, reconstruction)
+        if adversarial:
+            self.discriminator_optimizer.zero_grad()
+            discriminator_loss, logits = self.discriminator.loss(target, reconstruction)
+            discriminator_loss.backward()
+            norm = nn.utils.clip_grad_norm_(self.discriminator.parameters(), config.max_grad_norm)
+            terms.update(discriminator_loss=discriminator_loss, discriminator_grad_norm=norm, **logits)
+            others = [(self.discriminator_optimizer, config.discriminator_start)]
+        self.update(terms, *others)
+        with torch.no_grad():
+            self.note({"train_psnr": vqrae.psnr(target, reconstruction.clamp(0, 1)).mean(),
+                       "z_norm": out.z.norm(dim=-1).mean(), "code_norm": out.z_q.norm(dim=-1).mean()})
+            if out.indices is not None:
+                self.note({"code_counts": torch.bincount(out.indices.flatten(), minlength=config.codebook_size)})
+
+    def log(self, images_per_second):
+        counts, _ = self.window.pop("code_counts", (None, 0))
+        line = super().log(images_per_second)
+        if counts is not None:
+            line["train_utilization"], line["train_perplexity"] = vqrae.codebook_usage(counts)
+        return line
+
+    def show(self, line):
+        """What the progress bar says of a log line, and what a sentence of its own says of an evaluation."""
+        codes = (f", {line['val_utilization']:.1%} of codes used and perplexity {line['val_perplexity']:.0f} over "
+                 f"{line['val_tokens']:,} tokens" if "val_tokens" in line else "")
+        return (dict(loss=f"{line['loss']:.3f}", psnr=f"{line['train_psnr']:.1f}",
+                     used=f"{line.get('train_utilization', 0):.0%}"),
+                f"held-out PSNR {line['val_psnr']:.2f} dB{codes}" if "val_psnr" in line else "")
+
+    def evaluate(self, **options):
+        """Metrics of the averaged model on the held-out images, each name with "val_" before it."""
+        result = vqrae.evaluate(self.average, self.val_images, 64, self.device, self.workers, **options)
+        return {f"val_{name}": value for name, value in result.items()}
+
+    def summary(self):
+        """The last evaluation, and one pass over the training images for the use of codes."""
+        # A large encoder would make every run wait for its Frechet distance, which `sample.py evaluate` gives as well.
+        summary = self.evaluate(frechet_encoder=self.teacher if self.args.ablate else None)
+        if "val_frechet" in summary:  # named after its features, the frozen encoder's
+            summary["val_frechet_teacher"] = summary.pop("val_frechet")
+        if self.config.quantizer != "none":
+            counts = vqrae.count_codes(self.average, self.train_images, 64, self.device, self.workers)
+            summary["train_utilization"], summary["train_perplexity"] = vqrae.codebook_usage(counts)
+            summary["train_tokens"] = int(counts.sum())
+        return summary
+
+    @torch.no_grad()
+    def draw(self):
+        """Held-out originals and reconstructions side by side; in stage 2 those of the model before come between."""
+        images = self.val_images.spread(24).to(self.device)
+        models = [self.average]
+        if self.args.stage == "2":
+            models.insert(0, vqrae.VQRAE.from_pretrained(self.init).to(self.device))
+        versions = [images] + [model(images).reconstruction for model in models]
+        vqrae.save_side_by_side(versions, self.args.out / "reconstructions.png")
+        return "reconstructions.png (originals left, then reconstructions)"
+
+
+class GenerationRun(Run):
+    """Stage ar, Section 3.5: a transformer learns to write an image's codes behind its caption."""
+
+    def __init__(self, args, config):
+        super().__init__(args, config)
+        self.tokenizer = vqrae.VQRAE.from_pretrained(config.tokenizer).to(self.device)
+        if self.tokenizer.config.quantizer == "none":
+            raise InputError(f"the model in {config.tokenizer} has no codes to predict (--quantizer none)")
+        self.read_images(self.tokenizer.config.image_size)
+        self.codes, self.records = {}, {}
+        for split, images in (("train", self.train_images), ("val", self.val_images)):
+            self.codes[split], places = vqrae.image_codes(self.tokenizer, images, args.out / "codes", 64, self.device,
+                                                          self.workers)
+            self.records[split] = [images.records[place] for place in places.tolist()]
+        self.digest = hashlib.sha256(self.codes["train"].numpy().tobytes() + self.codes["val"].numpy().tobytes())
+        self.tokens_per_image = self.codes["train"].shape[1]
+        texts = [vqrae.caption_of(record) for record in self.records["train"]]
+        if not any(texts):
+            print("no captions: images lie in no folder of a class, so the model learns to write images of no name")
+        torch.manual_seed(args.seed)  # again: reading images has drawn from it, reading cached codes has not
+        model = language_model(config, texts, self.tokenizer.config.codebook_size, self.tokens_per_image)
+        model.to(self.device)
+        self.set_up(model, model.loss)
+
+    def settings(self):
+        return {**super().settings(), "codes of the images (SHA-256)": self.digest.hexdigest(),
+                "text tokenizer (SHA-256)": hashlib.sha256(self.model.text.to_str().encode()).hexdigest()}
+
+    def start(self):
+        """Keep a copy of the tokenizer with the model, for codes mean nothing without it."""
+        self.tokenizer.save_pretrained(self.args.out / "vqrae")
+
+    def batches(self):
+        keys = iter(vqrae.TrainingOrder(len(self.codes["train"]), self.args.seed, self.done * self.config.batch_size))
+        while True:
+            yield [next(keys)[0] for _ in range(self.config.batch_size)]
+
+    def step(self, indices):
+        """One update on the images of these indices, some without their caption or its style."""
+        config = self.config
+        without_caption, without_style = torch.rand(2, len(indices), generator=self.generator())
+        captions = [vqrae.caption_of(self.records["train"][index], style=b >= config.style_dropout)
+                    if a >= config.caption_dropout else ""
+                    for index, a, b in zip(indices, without_caption.tolist(), without_style.tolist())]
+        prompts = [self.model.prompt(caption) for caption in captions]
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            loss = self.forward(*self.model.pack(prompts, self.codes["train"][indices]))
+        self.update({"loss": loss, "grad_norm": self.gradients(loss)})
+
+    def show(self, line):
+        """What the progress bar says of a log line, and what a sentence of its own says of an evaluation."""
+        return (dict(loss=f"{line['loss']:.3f}"),
+                f"held-out loss {line['val_loss']:.3f} nats a code" if "val_loss" in line else "")
+
+    @torch.no_grad()
+    def summary(self):
+        """The averaged model's loss on the held-out images, all captions in full."""
+        total, count = 0.0, len(self.codes["val"])
+        for i in range(0, count, 64):
+            prompts = [self.average.prompt(vqrae.caption_of(record)) for record in self.records["val"][i:i + 64]]
+            loss = self.average.loss(*self.average.pack(prompts, self.codes["val"][i:i + 64]))
+            total += loss.item() * len(prompts)
+        return {"val_loss": total / count}
+
+    def evaluate(self):
+        """The held-out loss, and samples.png as it is now."""
+        self.draw()
+        return self.summary()
+
+    @torch.no_grad()
+    def draw(self):
+        """Pairs of the tokenizer's reconstruction and what is written from its caption: training, then held out."""
+        pairs = []
+        for split, codes in self.codes.items():
+            chosen = [i * len(codes) // 21 for i in range(min(21, len(codes)))]
+            written = self.average.generate([vqrae.caption_of(self.records[split][i]) for i in chosen])
+            pairs += zip(*(self.tokenizer.decode(some.to(self.device)) for some in (codes[chosen], written)))
+        vqrae.save_side_by_side(list(zip(*pairs)), self.args.out / "samples.png", columns=7, side=64)
+        return "samples.png (the tokenizer's left, written right; three rows of training, three of held-out captions)"
+
+
+class CaptionRun(Run):
+    """Stage caption, Section 3.4: a transformer learns to write captions of a frozen encoder's features."""
+
+    def __init__(self, args, config):
+        super().__init__(args, config)
+        encoder = vqrae.load_encoder(config.encoder)
+        if config.image_size % encoder.config.patch_size:
+            raise InputError(f"--image-size {config.image_size} is not a multiple of the encoder's patches of "
+                             f"{encoder.config.patch_size} pixels")
+        self.read_images(config.image_size)
+        texts = [vqrae.text_of(record) for record in self.train_images.records]
+        if not any(texts):
+            raise InputError(f"the images in {config.data} have no captions: put them into one folder per class")
+        lm = language_model(config, texts)
+        model = vqrae.Captioner(vqrae.CaptionerConfig(encoder.config, lm.config), lm.text)
+        model.encoder, model.lm = encoder.requires_grad_(False), lm
+        model.to(self.device)
+        self.set_up(model, model.loss)
+        self.tokens_per_image = (config.image_size // encoder.config.patch_size) ** 2
+
+    def batches(self):
+        keys = vqrae.TrainingOrder(len(self.train_images), self.args.seed, self.done * self.config.batch_size)
+        return self.train_images.batches(keys, self.config.batch_size, self.workers, indices=True)
+
+    def loss(self, forward, images, batch, places):
+        captions = [vqrae.text_of(images.records[place]) for place in places]
+        return forward(batch.to(self.device).float() / 255, captions)
+
+    def step(self, batch):
+        """One update on uint8 images and their places in the training set."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            loss = self.loss(self.forward, self.train_images, *batch)
+        self.update({"loss": loss, "grad_norm": self.gradients(loss)})
+
+    def show(self, line):
+        """What the progress bar says of a log line, and what a sentence of its own says of an evaluation."""
+        return (dict(loss=f"{line['loss']:.3f}"),
+                f"held-out loss {line['val_loss']:.3f} nats a token" if "val_loss" in line else "")
+
+    @torch.no_grad()
+    def evaluate(self):
+        """The averaged model's loss on the held-out images."""
+        images = self.val_images
+        losses = [self.loss(self.average.loss, images, *batch).item() * len(batch[1])
+                  for batch in images.batches(range(len(images)), 64, self.workers, indices=True)]
+        return {"val_loss": sum(losses) / len(images)}
+
+    def summary(self):
+        """The last evaluation, and how many captions are right."""
+        right = vqrae.caption_accuracy(self.average, self.val_images, 64, self.device, self.workers)
+        return {**self.evaluate(), **{f"val_{name}": share for name, share in right.items()}}
+
+    def draw(self):
+        """Nothing: `sample.py caption` shows what it writes."""
+
+
+def language_model(config, texts, codebook_size=0, image_tokens=0):
+    """A VisualLM of the configured sizes with a text tokenizer made from the texts; or Qwen3's, with its tokenizer."""
+    if config.qwen3:
+        model = vqrae.load_qwen3(config.qwen3, codebook_size, image_tokens)
+        if model.text is None:
+            raise InputError(f"{config.qwen3} has no tokenizer.json, so it cannot read captions")
+        return model
+    if config.heads % config.kv_heads or config.head_width % 2:
+        raise InputError(f"--heads {config.heads} must be a multiple of --kv-heads {config.kv_heads}, and --head-width "
+                         f"{config.head_width} even")
+    text = vqrae.train_text_tokenizer(texts, config.text_vocabulary)
+    return vqrae.VisualLM(vqrae.LMConfig(
+        text_vocabulary=text.get_vocab_size(), codebook_size=codebook_size, image_tokens=image_tokens,
+        width=config.width, depth=config.depth, heads=config.heads, kv_heads=config.kv_heads,
+        head_width=config.head_width, mlp_width=config.mlp_width), text)
+
+
+STAGES = {"1": TokenizerRun, "2": TokenizerRun, "ar": GenerationRun, "caption": CaptionRun}
+
+# Every setting of every stage, by name; each is a flag.
+SETTINGS = {field.name: field for config in (vqrae.TrainingConfig, vqrae.GenerationConfig, vqrae.CaptionConfig)
+            for field in fields(config) if "help" in field.metadata}
 
 
 def replace_text(path, text):
@@ -383,11 +623,14 @@ def draw_curves(lines, path):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    panels = {"loss terms": ["loss", "mse", "perceptual", "codebook", "commitment", "distillation"],
+    panels = {"loss terms": ["loss", "mse", "perceptual", "codebook", "commitment", "distillation", "val_loss"],
               "PSNR, dB": ["train_psnr", "val_psnr"], "utilization": ["train_utilization", "val_utilization"],
-              "perplexity": ["train_perplexity", "val_perplexity"], "norms": ["z_norm", "code_norm"]}
-    if any("real_logit" in line for line in lines):
-        panels["discriminator"] = ["hinge", "real_logit", "fake_logit"]
+              "perplexity": ["train_perplexity", "val_perplexity"], "norms": ["z_norm", "code_norm"],
+              "discriminator": ["hinge", "real_logit", "fake_logit"], "gradient": ["grad_norm"]}
+    kept = {name for line in lines for name in line}
+    panels = {title: names for title, names in panels.items() if kept.intersection(names)}
+    if len(panels) > 2:
+        del panels["gradient"]  # there is more to look at
     figure, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 3.2))
     for axis, (title, names) in zip(axes, panels.items()):
         for name in names:
@@ -402,17 +645,6 @@ def draw_curves(lines, path):
     figure.tight_layout()
     figure.savefig(path, dpi=90)
     plt.close(figure)
-
-
-@torch.no_grad()
-def draw_reconstructions(run):
-    """Held-out originals and reconstructions side by side; in stage 2 those of the model before come between."""
-    images = run.val_images.spread(24).to(run.device)
-    models = [run.average]
-    if run.args.stage == "2":
-        models.insert(0, vqrae.VQRAE.from_pretrained(run.init).to(run.device))
-    versions = [images] + [model(images).reconstruction for model in models]
-    vqrae.save_side_by_side(versions, run.args.out / "reconstructions.png")
 
 
 def train(run):
@@ -435,8 +667,7 @@ def train(run):
     lines = read_log(metrics, run.done)
     replace_text(metrics, "".join(json.dumps(line) + "\n" for line in lines))
 
-    keys = vqrae.TrainingOrder(len(run.train_images), args.seed, run.done * config.batch_size)
-    batches = iter(run.train_images.batches(keys, config.batch_size, run.workers))
+    batches = iter(run.batches())
     bar = tqdm(total=config.steps, initial=run.done, desc=f"stage {args.stage}", unit="step", dynamic_ncols=True,
                mininterval=1)
     timed_steps, timer, saved = 0, time.time(), run.done
@@ -455,7 +686,10 @@ def train(run):
                 lines.append(line)
                 with open(metrics, "a") as file:
                     file.write(json.dumps(line) + "\n")
-                show(bar, line)
+                figures, sentence = run.show(line)
+                bar.set_postfix(**figures, images_per_s=f"{line['images_per_second']:.0f}")
+                if sentence:
+                    bar.write(f"step {line['step']}: {sentence}")
             if run.done % args.checkpoint_every == 0 or last:
                 run.seconds, saved = earlier + time.time() - begin, run.done
                 run.save()
@@ -482,40 +716,23 @@ def stop_signals():
             signal.signal(name, handler)
 
 
-def show(bar, line):
-    """The progress bar's figures, and a line of its own for an evaluation."""
-    bar.set_postfix(loss=f"{line['loss']:.3f}", psnr=f"{line['train_psnr']:.1f}",
-                    used=f"{line.get('train_utilization', 0):.0%}", images_per_s=f"{line['images_per_second']:.0f}")
-    if "val_psnr" in line:
-        codes = (f", {line['val_utilization']:.1%} of codes used and perplexity {line['val_perplexity']:.0f} over "
-                 f"{line['val_tokens']:,} tokens" if "val_tokens" in line else "")
-        bar.write(f"step {line['step']}: held-out PSNR {line['val_psnr']:.2f} dB{codes}")
-
-
 def finish(run, lines, earlier, begin):
     """Final evaluation of the averaged weights; write the model, summary.json and the pictures."""
-    config, out = run.config, run.args.out
+    out = run.args.out
     run.average.save_pretrained(out)
-    # A large encoder would make every run wait for its Frechet distance, which `sample.py evaluate` gives as well.
-    summary = run.evaluate(frechet_encoder=run.teacher if run.args.ablate else None)
-    if "val_frechet" in summary:  # named after its features, the frozen encoder's
-        summary["val_frechet_teacher"] = summary.pop("val_frechet")
+    summary = run.summary()
     lines[-1].update(summary)
     replace_text(out / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
-    if config.quantizer != "none":
-        counts = vqrae.count_codes(run.average, run.train_images, 64, run.device, run.workers)
-        summary["train_utilization"], summary["train_perplexity"] = vqrae.codebook_usage(counts)
-        summary["train_tokens"] = int(counts.sum())
     draw_curves(lines, out / "curves.png")
-    draw_reconstructions(run)
+    picture = run.draw()
     seconds = earlier + time.time() - begin
     steady = [line["images_per_second"] for line in lines[1:] or lines]  # the first line has torch's warm-up in it
     settings = {name: value for name, value in run.settings().items() if name != "encoder"}
     summary.update(seconds=seconds, images_per_second=sum(steady) / len(steady), preset=run.args.preset,
-                   device=run.device.type, **settings)
+                   device=run.device.type, train_loss=lines[-1]["loss"], **settings)
     replace_text(out / "summary.json", json.dumps(summary, indent=2) + "\n")
     print(json.dumps(summary, indent=2))
-    print(f"pictures: {out}/reconstructions.png (originals left, then reconstructions) and {out}/curves.png")
+    print("pictures: " + " and ".join(f"{out}/{name}" for name in (picture, "curves.png") if name))
 
 
 def matmul_rate(device, dtype, side=2048, seconds=1.0):
@@ -535,12 +752,11 @@ def benchmark(run, warmup=3, steps=20):
     from torch.utils.flop_counter import FlopCounterMode
 
     run.start()
-    keys = vqrae.TrainingOrder(len(run.train_images), run.args.seed, 0)
-    batches = iter(run.train_images.batches(keys, run.config.batch_size, run.workers))
-    compiled, run.fast_model = run.fast_model, run.model
+    batches = iter(run.batches())
+    compiled, run.forward = run.forward, run.plain_forward
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # it cannot count the CPU's attention
         run.step(next(batches))
-    run.fast_model = compiled
+    run.forward = compiled
     for _ in range(warmup):
         run.step(next(batches))
     begin = time.time()
@@ -548,7 +764,6 @@ def benchmark(run, warmup=3, steps=20):
         run.step(next(batches))
     seconds = (time.time() - begin) / steps
     rate = matmul_rate(run.device, torch.bfloat16 if run.bf16 else torch.float32)
-    grid = run.config.image_size // run.model.config.encoder.patch_size
     if run.device.type == "cuda":
         peak = torch.cuda.max_memory_allocated()
     else:
@@ -557,7 +772,7 @@ def benchmark(run, warmup=3, steps=20):
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     print(json.dumps({
         "images_per_second": run.config.batch_size / seconds,
-        "tokens_per_second": run.config.batch_size * grid**2 / seconds,
+        "tokens_per_second": run.config.batch_size * run.tokens_per_image / seconds,
         "seconds_per_step": seconds,
         "flop_per_step": counter.get_total_flops(),
         "flop_per_second": counter.get_total_flops() / seconds,
@@ -649,8 +864,9 @@ def run_row(args, folder, seed, configs):
     """Train the stages of one row of an ablation, or what is left of them, and return the last one's figures."""
     for stage, config in configs:
         init = folder / "stage1" if stage == "2" else None
-        run = Run(argparse.Namespace(**{**vars(args), "stage": stage, "seed": seed, "init": init, "resume": True,
-                                        "out": folder / f"stage{stage}"}), config)
+        run = TokenizerRun(argparse.Namespace(**{
+            **vars(args), "stage": stage, "seed": seed, "init": init, "resume": True, "out": folder / f"stage{stage}"}),
+            config)
         if (run.args.out / "summary.json").exists():
             run.load()
         else:
@@ -737,7 +953,7 @@ def main(argv=None):
             fixed = vqrae.FIXED_BY_STAGE_1 if args.stage == "2" else ()
             print(json.dumps({name: value for name, value in settings.items() if name not in fixed}, indent=2))
             return
-        run = Run(args, config)
+        run = STAGES[args.stage](args, config)
         benchmark(run) if args.benchmark else train(run)
 
 

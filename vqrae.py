@@ -10,6 +10,7 @@ Images are float tensors (B, 3, H, W) in [0, 1] everywhere; each encoder applies
 """
 
 import functools
+import hashlib
 import json
 import math
 import os
@@ -23,6 +24,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import nn
 from torchvision.transforms import functional as pixels
 
@@ -55,13 +57,21 @@ class ViTConfig:
         self.mean, self.std = tuple(self.mean), tuple(self.std)  # a JSON file has lists
 
 
-def attend(q, k, v):
-    """softmax(q k^T / sqrt(head)) v on (B, heads, N, head)."""
-    if q.device.type != "cpu" or q.shape[-2] > 512:
-        return F.scaled_dot_product_attention(q, k, v)
+def attend(q, k, v, visible=None):
+    """softmax(q k^T / sqrt(h)) v: queries (B, heads, n, h) and keys, values (B, kv_heads, m, h) -> (B, heads, n, h).
+
+    With fewer heads of keys than of queries, neighbouring queries share one. `visible` (B or 1, 1, n, m) tells which
+    keys a query may see; without it, all of them.
+    """
+    B, heads, n, h = q.shape
+    if q.device.type != "cpu" or n > 512:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, enable_gqa=heads != k.shape[1])
     # For short sequences on a CPU, torch's fused kernel and above all its backward is slower than these two products.
-    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (B, heads, N, N)
-    return scores.float().softmax(-1).to(v.dtype) @ v  # (B, heads, N, head)
+    q = (q * h**-0.5).reshape(B, k.shape[1], -1, h)  # (B, kv_heads, heads/kv_heads * n, h): sharing is stacking
+    scores = (q @ k.transpose(-2, -1)).float().view(B, k.shape[1], -1, n, k.shape[2])  # (B, kv_heads, sharing, n, m)
+    if visible is not None:
+        scores = scores.masked_fill(~visible[:, :, None], -torch.inf)
+    return (scores.softmax(-1).to(v.dtype).flatten(2, 3) @ v).view(B, heads, n, h)
 
 
 class Attention(nn.Module):
@@ -224,6 +234,34 @@ def load_weights(module, weights, path):
     module.load_state_dict({name: weights[name] for name in module.state_dict()})
 
 
+def save_model(model, folder):
+    """Write config.json and model.safetensors, each replaced in one step, so no reader meets half a file."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    save_file(weights, folder / "model.safetensors.tmp")
+    (folder / "config.json.tmp").write_text(json.dumps(asdict(model.config), indent=2) + "\n")
+    for name in ("model.safetensors", "config.json"):
+        (folder / f"{name}.tmp").replace(folder / name)
+
+
+def load_model(folder, kind, maker, build):
+    """The model that `save_model` wrote, built from its config.json by `build`, in eval mode.
+
+    `kind` and `maker` say, in the InputError about a missing or damaged folder, what it should be and what makes one.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise InputError(f"no model at {folder}: the folder does not exist; python train.py {maker}")
+    saved = read_json(folder / "config.json")
+    try:
+        model = build(saved)
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{folder}/config.json does not describe a {kind}: {error}") from None
+    load_weights(model, read_safetensors(folder / "model.safetensors"), folder / "model.safetensors")
+    return model.eval()
+
+
 def hub_folder(source):
     """A local folder as it is, or a download of the hub's model of this name; InputError says why there is none."""
     folder = Path(source)
@@ -241,10 +279,13 @@ def hub_folder(source):
 def load_encoder(source):
     """Load a DINOv2 checkpoint: a folder in the hub's layout (config.json + model.safetensors), or a hub id.
 
-    Returns an Encoder in eval mode and float32. Raises InputError when the source cannot be had or does not fit.
+    A folder of a trained VQRAE gives the encoder inside it. Returns an Encoder in eval mode and float32. Raises
+    InputError when the source cannot be had or does not fit.
     """
     folder = hub_folder(source)
     hub = read_json(folder / "config.json")
+    if "codebook_dim" in hub:
+        return VQRAE.from_pretrained(folder).encoder
     if hub.get("model_type") != "dinov2" or hub.get("use_swiglu_ffn") or hub.get("hidden_act") != "gelu":
         kind = hub.get("model_type")
         raise InputError(f"{folder}/config.json is of type {kind!r}; this loader reads DINOv2 S, B and L")
@@ -585,29 +626,15 @@ class VQRAE(nn.Module):
         nn.init.zeros_(self.project_out.bias)
 
     def save_pretrained(self, folder):
-        """Write config.json and model.safetensors, each replaced in one step, so no reader meets half a file."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        weights = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
-        save_file(weights, folder / "model.safetensors.tmp")
-        (folder / "config.json.tmp").write_text(json.dumps(asdict(self.config), indent=2) + "\n")
-        for name in ("model.safetensors", "config.json"):
-            (folder / f"{name}.tmp").replace(folder / name)
+        """Write config.json and model.safetensors."""
+        save_model(self, folder)
 
     @classmethod
     def from_pretrained(cls, folder):
         """Load what `save_pretrained` wrote, in eval mode; InputError says what is missing or damaged."""
-        folder = Path(folder)
-        if not folder.is_dir():
-            raise InputError(f"no model at {folder}: the folder does not exist; python train.py --stage 1 makes one")
-        saved = read_json(folder / "config.json")
-        try:
-            config = VQRAEConfig(**{**saved, "encoder": ViTConfig(**saved["encoder"])})
-            model = cls(config)
-        except (KeyError, TypeError) as error:
-            raise InputError(f"{folder}/config.json does not describe a VQRAE: {error}") from None
-        load_weights(model, read_safetensors(folder / "model.safetensors"), folder / "model.safetensors")
-        return model.eval()
+        maker = "--stage 1 makes one, and --stage 2 a better one"
+        return load_model(folder, "VQRAE", maker, lambda saved: cls(
+            VQRAEConfig(**{**saved, "encoder": ViTConfig(**saved["encoder"])})))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -805,6 +832,34 @@ def stage2_loss(images, out, perceptual, perceptual_weight=1.1, quantizer_weight
 # Section 3.5, "Visual Generation with VQRAE": Qwen3 predicts codes one after the other
 # ----------------------------------------------------------------------------------------------------------------------
 
+# Between a text and its image, and behind a text that ends; named as in Qwen3's own tokenizer.json, which has both.
+START_OF_IMAGE, END_OF_TEXT = "<|vision_start|>", "<|endoftext|>"
+
+
+def train_text_tokenizer(texts, size):
+    """A byte-pair tokenizer of up to `size` tokens, for any text; it ignores case, and an article at the beginning."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.Sequence([
+        normalizers.NFKC(), normalizers.Lowercase(), normalizers.Replace("’", "'"), normalizers.Strip(),
+        normalizers.Replace(Regex("^(a|an|the) "), "")])
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(), decoders.ByteLevel()
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=size, special_tokens=[END_OF_TEXT, START_OF_IMAGE], show_progress=False,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())))
+    return tokenizer
+
+
+def load_text_tokenizer(path):
+    """The tokenizer in a tokenizer.json; InputError when it is missing, damaged, or lacks our two special tokens."""
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises plain Exceptions
+        raise InputError(f"cannot read the text tokenizer {path}: {error}") from None
+    for token in (START_OF_IMAGE, END_OF_TEXT):
+        if tokenizer.token_to_id(token) is None:
+            raise InputError(f"the text tokenizer {path} has no token {token}")
+    return tokenizer
+
 
 @dataclass
 class LMConfig:
@@ -818,6 +873,7 @@ class LMConfig:
     kv_heads: int  # several query heads share a key and value head
     head_width: int
     mlp_width: int
+    image_tokens: int = 0  # N, the codes of a whole image
     rope_theta: float = 1e6
     norm_eps: float = 1e-6
 
@@ -878,7 +934,7 @@ class CausalAttention(nn.Module):
         v = self.v(x).view(B, n, -1, h).transpose(1, 2)  # (B, kv_heads, n, h)
         if cache is not None:
             k, v = cache.extend(layer, k, v)  # (B, kv_heads, m, h), m = tokens so far
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, enable_gqa=True)  # (B, heads, n, h)
+        x = attend(q, k, v, visible)  # (B, heads, n, h)
         return self.out(x.transpose(1, 2).reshape(B, n, -1))  # (B, n, d)
 
 
@@ -903,9 +959,10 @@ class CausalBlock(nn.Module):
 class VisualLM(nn.Module):
     """Text and visual tokens in one vocabulary, predicted from left to right: tokens (B, n) -> logits (B, n, V + K)."""
 
-    def __init__(self, config):
+    def __init__(self, config, text=None):
         super().__init__()
         self.config = config
+        self.text = text  # the tokenizers.Tokenizer of its text; None when only tokens come and go
         self.embedding = nn.Embedding(config.text_vocabulary + config.codebook_size, config.width)  # also the head
         self.blocks = nn.ModuleList([CausalBlock(config) for _ in range(config.depth)])
         self.norm = RMSNorm(config.width, config.norm_eps)
@@ -913,28 +970,31 @@ class VisualLM(nn.Module):
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=0.02)
 
-    def forward(self, tokens, first=None, cache=None):
-        """Logits (B, n, V + K) of what follows each of the tokens (B, n).
+    def transform(self, x, first=None, cache=None):
+        """What the blocks make of embedded tokens (B, n, d) -> (B, n, d), each seeing those to its left.
 
-        first (B,): where each sequence begins; tokens to the left of it are padding and seen by nobody. With a
+        first (B,): where each sequence begins; what stands to the left of it is padding and seen by nobody. With a
         `cache`, the tokens stand behind those that it holds, which need not be given again.
         """
-        n, done = tokens.shape[1], cache.length if cache is not None else 0
+        n, done = x.shape[1], cache.length if cache is not None else 0
         h = self.config.head_width
-        frequency = self.config.rope_theta ** -(torch.arange(0, h, 2, device=tokens.device).float() / h)  # (h/2,)
-        position = torch.arange(done, done + n, device=tokens.device)  # (n,)
+        frequency = self.config.rope_theta ** -(torch.arange(0, h, 2, device=x.device).float() / h)  # (h/2,)
+        position = torch.arange(done, done + n, device=x.device)  # (n,)
         angle = position[:, None] * frequency  # (n, h/2)
-        past = torch.arange(done + n, device=tokens.device)  # (m,)
+        past = torch.arange(done + n, device=x.device)  # (m,)
         visible = (past <= position[:, None])[None, None]  # (1, 1, n, m)
         if first is not None:
             visible = visible & (past >= first[:, None])[:, None, None]  # (B, 1, n, m)
             visible = visible | (past == position[:, None])  # padding sees itself: a softmax of nothing is no number
-        x = self.embedding(tokens)  # (B, n, d)
         for layer, block in enumerate(self.blocks):
             x = block(x, angle, visible, cache, layer)  # (B, n, d)
         if cache is not None:
             cache.length += n
-        return self.norm(x) @ self.embedding.weight.T  # (B, n, V + K)
+        return self.norm(x)
+
+    def forward(self, tokens, first=None, cache=None):
+        """Logits (B, n, V + K) of what follows each of the tokens (B, n); `first` and `cache` as in `transform`."""
+        return self.transform(self.embedding(tokens), first, cache) @ self.embedding.weight.T
 
     def loss(self, tokens, first=None):
         """Mean cross-entropy of the visual tokens among tokens (B, n) given all before them; text is only read.
@@ -942,31 +1002,51 @@ class VisualLM(nn.Module):
         The paper trains "exclusively on visual tokens". The softmax is over the whole vocabulary, as text and codes
         share it.
         """
-        logits = self(tokens[:, :-1], first).float()  # (B, n - 1, V + K)
-        targets = tokens[:, 1:]
-        targets = torch.where(targets >= self.config.text_vocabulary, targets, -100)  # (B, n - 1)
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
+        x, targets = self.transform(self.embedding(tokens[:, :-1]), first), tokens[:, 1:]  # (B, n - 1, d), (B, n - 1)
+        visual = targets >= self.config.text_vocabulary
+        return F.cross_entropy((x[visual] @ self.embedding.weight.T).float(), targets[visual])
+
+    def prompt(self, caption):
+        """The tokens that an image's codes follow: those of its caption, "" for none, and the start of the image."""
+        return self.text.encode(caption, add_special_tokens=False).ids + [self.text.token_to_id(START_OF_IMAGE)]
+
+    def pack(self, prompts, codes=None):
+        """Prompts, B lists of token ids, and codes (B, N) behind them -> tokens (B, n), and `first` (B,).
+
+        Prompts are padded on the left, so that images begin in one column.
+        """
+        longest, device = max(map(len, prompts)), self.embedding.weight.device
+        tokens = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts], device=device)
+        if codes is not None:
+            tokens = torch.cat([tokens, codes.to(device) + self.config.text_vocabulary], dim=1)
+        return tokens, torch.tensor([longest - len(prompt) for prompt in prompts], device=device)
+
+    def generate(self, text, cfg_scale=1.0, temperature=1.0, top_k=0, top_p=1.0, seed=0, progress=iter):
+        """Draw an image for every caption, "" for no caption -> codes (B, N), for `VQRAE.decode`.
+
+        The options are those of `extend`; the same seed and captions draw the same codes.
+        """
+        prompts = [self.prompt(caption) for caption in text]
+        return self.extend(prompts, self.config.image_tokens, self.prompt(""), cfg_scale, temperature, top_k, top_p,
+                           torch.Generator().manual_seed(seed), progress)
 
     @torch.no_grad()
-    def generate(self, prompts, count, without=None, cfg_scale=1.0, temperature=1.0, top_k=0, top_p=1.0, generator=None,
-                 progress=iter):
+    def extend(self, prompts, count, without=None, cfg_scale=1.0, temperature=1.0, top_k=0, top_p=1.0, generator=None,
+               progress=iter):
         """Continue every prompt, a list of token ids, by `count` visual tokens -> codes (B, count) in [0, K).
 
         Classifier-free guidance: with `cfg_scale` other than 1, logits are those of the prompt `without` its caption
         plus cfg_scale times the difference that the caption makes. temperature 0 takes the likeliest code.
         `progress` wraps the range of steps, as tqdm does.
         """
-        V, B = self.config.text_vocabulary, len(prompts)
-        guided = cfg_scale != 1 and without is not None
-        sequences = list(prompts) + ([without] * B if guided else [])
-        longest = max(len(sequence) for sequence in sequences)
-        device = self.embedding.weight.device
-        tokens = torch.tensor([[0] * (longest - len(s)) + list(s) for s in sequences], device=device)  # (B or 2B, n)
-        first = torch.tensor([longest - len(s) for s in sequences], device=device)  # padding stands on the left
-        cache = KeyValueCache(self.config, len(tokens), longest + count, device, self.embedding.weight.dtype)
+        V, guided = self.config.text_vocabulary, cfg_scale != 1 and without is not None
+        tokens, first = self.pack(list(prompts) + [without] * (len(prompts) if guided else 0))  # (B or 2B, n)
+        weight = self.embedding.weight
+        cache = KeyValueCache(self.config, len(tokens), tokens.shape[1] + count, weight.device, weight.dtype)
         codes = []
         for _ in progress(range(count)):
-            logits = self(tokens, first, cache)[:, -1, V:].float()  # (B or 2B, K): only codes may follow
+            x = self.transform(self.embedding(tokens), first, cache)[:, -1]  # (B or 2B, d)
+            logits = (x @ weight[V:].T).float()  # (B or 2B, K): only codes may follow
             if guided:
                 with_caption, without_caption = logits.chunk(2)
                 logits = without_caption + cfg_scale * (with_caption - without_caption)
@@ -974,6 +1054,18 @@ class VisualLM(nn.Module):
             codes.append(code)
             tokens = (V + code).repeat(2 if guided else 1)[:, None]  # (B or 2B, 1)
         return torch.stack(codes, dim=1)  # (B, count)
+
+    def save_pretrained(self, folder):
+        """Write config.json, model.safetensors and tokenizer.json."""
+        save_model(self, folder)
+        self.text.save(str(Path(folder) / "tokenizer.json"))
+
+    @classmethod
+    def from_pretrained(cls, folder):
+        """Load what `save_pretrained` wrote, in eval mode; InputError says what is missing or damaged."""
+        model = load_model(folder, "VisualLM", "--stage ar makes one", lambda saved: cls(LMConfig(**saved)))
+        model.text = load_text_tokenizer(Path(folder) / "tokenizer.json")
+        return model
 
 
 def choose(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
@@ -1004,11 +1096,12 @@ def qwen3_name(name):
     return "model." + name
 
 
-def load_qwen3(source, codebook_size):
+def load_qwen3(source, codebook_size, image_tokens=0):
     """A VisualLM from a Qwen3 checkpoint, a folder in the hub's layout or a hub id, with rows for K codes appended.
 
     All rows of the text embedding stay, padding included, so code k is token vocab_size + k. The new rows start as
-    Qwen3's own did, N(0, 0.02^2). Raises InputError when the source cannot be had or is no Qwen3 with tied embeddings.
+    Qwen3's own did, N(0, 0.02^2). Its text tokenizer comes along. Raises InputError when the source cannot be had or
+    is no Qwen3 with tied embeddings.
     """
     folder = hub_folder(source)
     hub = read_json(folder / "config.json")
@@ -1019,7 +1112,7 @@ def load_qwen3(source, codebook_size):
         config = LMConfig(
             text_vocabulary=hub["vocab_size"], codebook_size=codebook_size, width=hub["hidden_size"],
             depth=hub["num_hidden_layers"], heads=hub["num_attention_heads"], kv_heads=hub["num_key_value_heads"],
-            head_width=hub["head_dim"], mlp_width=hub["intermediate_size"],
+            head_width=hub["head_dim"], mlp_width=hub["intermediate_size"], image_tokens=image_tokens,
             rope_theta=hub.get("rope_theta") or hub["rope_parameters"]["rope_theta"], norm_eps=hub["rms_norm_eps"])
     except KeyError as error:
         raise InputError(f"{folder}/config.json lacks {error}") from None
@@ -1032,7 +1125,92 @@ def load_qwen3(source, codebook_size):
         codes = model.embedding.weight.detach()[config.text_vocabulary:]
         ours["embedding.weight"] = torch.cat([ours["embedding.weight"], codes])
     load_weights(model, ours, folder)
+    if (folder / "tokenizer.json").exists():
+        model.text = load_text_tokenizer(folder / "tokenizer.json")
     return model.eval()
+
+
+def caption_of(record, style=True):
+    """What an image is asked for by: its style, if wanted, and caption, or the name of its class; "" for neither."""
+    words = record.get("caption") or record.get("category", "").replace("_", " ")
+    return f"{record['style']} {words}" if style and "style" in record else words
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Section 3.4, "Multimodal Understanding with VQRAE": the same transformer reads continuous features and writes text
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class CaptionerConfig:
+    """Sizes of a Captioner: the encoder's, and those of a VisualLM that has no codes."""
+
+    encoder: ViTConfig
+    lm: LMConfig
+
+
+class Captioner(nn.Module):
+    """A language model that reads an image's features Z_I in the place of words and continues with its caption."""
+
+    def __init__(self, config, text=None):
+        super().__init__()
+        self.config = config
+        d = config.lm.width
+        self.encoder = Encoder(config.encoder)
+        self.projector = nn.Sequential(nn.Linear(config.encoder.width, d), nn.GELU(), nn.Linear(d, d))  # mlp2x_gelu
+        self.lm = VisualLM(config.lm, text)
+
+    def read(self, features):
+        """Features (B, N, d of the encoder) -> what the transformer meets before the text (B, N + 1, d)."""
+        start = self.lm.embedding.weight[self.lm.text.token_to_id(START_OF_IMAGE)]  # (d,)
+        return torch.cat([start.expand(len(features), 1, -1), self.projector(features)], dim=1)
+
+    def loss(self, images, captions):
+        """Mean cross-entropy of the tokens of the captions, and of the end of each, given the images."""
+        with torch.no_grad():
+            features = self.encoder(images)  # (B, N, d of the encoder), frozen
+        x = self.read(features)  # (B, N + 1, d)
+        end = self.lm.text.token_to_id(END_OF_TEXT)
+        texts = [self.lm.text.encode(caption, add_special_tokens=False).ids + [end] for caption in captions]
+        longest = max(map(len, texts))
+        tokens = torch.tensor([text + [-1] * (longest - len(text)) for text in texts], device=x.device)  # (B, n)
+        x = torch.cat([x, self.lm.embedding(tokens[:, :-1].clamp(min=0))], dim=1)  # (B, N + n, d)
+        x = self.lm.transform(x)[:, -longest:]  # (B, n, d): from the image's last token to the text's last but one
+        told = tokens >= 0
+        return F.cross_entropy((x[told] @ self.lm.embedding.weight.T).float(), tokens[told])
+
+    @torch.no_grad()
+    def caption(self, images, most=40):
+        """The likeliest text, word by word, of each of the images (B, 3, H, W) -> B strings of up to `most` tokens."""
+        x, end = self.read(self.encoder(images)), self.lm.text.token_to_id(END_OF_TEXT)  # (B, N + 1, d)
+        cache = KeyValueCache(self.config.lm, len(x), x.shape[1] + most, x.device, x.dtype)
+        tokens = []
+        for _ in range(most):
+            logits = self.lm.transform(x, cache=cache)[:, -1] @ self.lm.embedding.weight.T  # (B, V)
+            tokens.append(logits.argmax(1))  # (B,)
+            x = self.lm.embedding(tokens[-1])[:, None]  # (B, 1, d)
+            if all((row == end).any() for row in torch.stack(tokens, dim=1)):
+                break
+        rows = torch.stack(tokens, dim=1).tolist()
+        return [self.lm.text.decode(row[:row.index(end)] if end in row else row).strip() for row in rows]
+
+    def save_pretrained(self, folder):
+        """Write config.json, model.safetensors (the encoder included) and tokenizer.json."""
+        save_model(self, folder)
+        self.lm.text.save(str(Path(folder) / "tokenizer.json"))
+
+    @classmethod
+    def from_pretrained(cls, folder):
+        """Load what `save_pretrained` wrote, in eval mode; InputError says what is missing or damaged."""
+        model = load_model(folder, "Captioner", "--stage caption makes one", lambda saved: cls(
+            CaptionerConfig(ViTConfig(**saved["encoder"]), LMConfig(**saved["lm"]))))
+        model.lm.text = load_text_tokenizer(Path(folder) / "tokenizer.json")
+        return model
+
+
+def text_of(record):
+    """What a Captioner is to say of an image: its category and its caption, or what there is of the two."""
+    return ": ".join(filter(None, [record.get("category", "").replace("_", " "), record.get("caption")]))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1158,9 +1336,10 @@ def understanding(model, teacher, train_images, test_images, batch_size=64, devi
 
     continuous: the model's Z_I; discrete: the features that its codes stand for, if it has codes; both, and the frozen
     teacher's, as the mean over an image's tokens. For the labels of the two ImageSets ("category", and "subcategory"
-    where there is): NAME_transfer is the accuracy of a probe fitted to the teacher's training features and applied unchanged (the
-    paper's "without retraining"), NAME_probe that of one fitted to these features, NAME_neighbours that of 10 nearest
-    neighbours. cosine is the mean similarity of a token to the teacher's. Empty when there are fewer than two labels.
+    where there is): NAME_transfer is the accuracy of a probe fitted to the teacher's training features and applied
+    unchanged (the paper's "without retraining"), NAME_probe that of one fitted to these features, NAME_neighbours that
+    of 10 nearest neighbours. cosine is the mean similarity of a token to the teacher's. Empty when there are fewer than
+    two labels.
     """
     names = {}
     for key in ("category", "subcategory"):
@@ -1221,8 +1400,7 @@ def evaluate(model, images, batch_size=64, device="cpu", workers=0, frechet_enco
             scores.setdefault("lpips", []).append(lpips(x, y).cpu())
         if frechet_encoder is not None:
             for side, part in zip(features, (x, y)):
-                part = F.interpolate(part, frechet_encoder.config.image_size, mode="bicubic", antialias=True)
-                side.append(frechet_encoder(part).mean(1).cpu())
+                side.append(pooled_features(frechet_encoder, [part]))
         if out.indices is not None:
             counts += torch.bincount(out.indices.flatten().cpu(), minlength=len(counts))
     result = {name: torch.cat(values).double().mean().item() for name, values in scores.items()}
@@ -1235,6 +1413,68 @@ def evaluate(model, images, batch_size=64, device="cpu", workers=0, frechet_enco
         utilization, perplexity = codebook_usage(counts)
         result.update(utilization=utilization, perplexity=perplexity, tokens=int(counts.sum()))
     return {"images": len(images), **result}
+
+
+def nearest(features, gallery):
+    """The most similar, in cosine, of the gallery's vectors (n, d) to each of the features (m, d) -> (m,).
+
+    Channels are standardised over the gallery, for pooled features of all images have much in common.
+    """
+    mean, std = gallery.mean(0), gallery.std(0) + 1e-6
+    return (F.normalize((features - mean) / std, dim=1) @ F.normalize((gallery - mean) / std, dim=1).T).argmax(1)
+
+
+def retrieval(found, records):
+    """Shares of pictures whose nearest real image, a record of `found`, shows what was asked for, one of `records`.
+
+    name (the same picture, of any style), category and subcategory, as far as the records have them.
+    """
+    return {key: sum(a.get(key) == b.get(key) for a, b in zip(found, records)) / len(records)
+            for key in ("name", "category", "subcategory") if any(key in record for record in records)}
+
+
+@torch.no_grad()
+def pooled_features(encoder, images):
+    """Mean patch features (n, d) on the CPU of an iterable of float batches (B, 3, H, W) in [0, 1]."""
+    side, device = encoder.config.image_size, next(encoder.parameters()).device
+    return torch.cat([encoder(F.interpolate(x.to(device), (side, side), mode="bicubic", antialias=True)).mean(1).cpu()
+                      for x in images])
+
+
+def caption_accuracy(captioner, images, batch_size=64, device="cpu", workers=0):
+    """Shares of an ImageSet's images whose caption the captioner writes exactly, and whose category."""
+    text, right = captioner.lm.text, {"exact": 0, "category": 0}
+    for batch, places in images.batches(range(len(images)), batch_size, workers, indices=True):
+        for said, place in zip(captioner.caption(batch.to(device).float() / 255), places):
+            wanted = text.decode(text.encode(text_of(images.records[place])).ids).strip()  # as the tokenizer spells it
+            right["exact"] += said == wanted
+            right["category"] += said.split(": ")[0] == wanted.split(": ")[0]
+    return {name: count / len(images) for name, count in right.items()}
+
+
+@torch.no_grad()
+def image_codes(model, images, folder, batch_size=64, device="cpu", workers=0):
+    """The codes (n, N) of all images of an ImageSet, evaluation views, and the places (n,) of the readable ones in it.
+
+    They are kept in `folder`, in a file that is named after everything they depend on: model and images. So a change
+    of either makes them anew, and a stale file is never read.
+    """
+    digest = hashlib.sha256(json.dumps(asdict(model.config)).encode() + images.fingerprint().encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
+    path = Path(folder) / f"{digest.hexdigest()[:32]}.safetensors"
+    if not path.exists():
+        codes, kept, asked = [], [], 0
+        for batch, places in images.batches(range(len(images)), batch_size, workers, indices=True):
+            own = [i for i, place in enumerate(places) if place == asked + i]  # no stand-in for an unreadable file
+            codes.append(model.encode(batch.to(device).float() / 255)[1].cpu()[own].int())
+            kept += [places[i] for i in own]
+            asked += len(places)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({"codes": torch.cat(codes), "places": torch.tensor(kept)}, path.with_suffix(".tmp"))
+        path.with_suffix(".tmp").replace(path)
+    saved = read_safetensors(path)
+    return saved["codes"].long(), saved["places"]
 
 
 @torch.no_grad()
@@ -1295,8 +1535,8 @@ class ImageSet(torch.utils.data.Dataset):
     random order, is held out (a single image is both splits). `split` is "train", "val" or "all".
 
     Keys: an int gives the evaluation view (shorter side resized, centre crop), a pair (int, seed) the training view
-    (random crop, random flip) that this seed stands for. Every item comes with the names of files found unreadable on
-    the way; a readable neighbour stands in for them.
+    (random crop, random flip) that this seed stands for. A readable neighbour stands in for an unreadable file, so
+    every item comes with its own index, and with the names of files found unreadable on the way.
     """
 
     def __init__(self, folder, split, size):
@@ -1341,8 +1581,9 @@ class ImageSet(torch.utils.data.Dataset):
         """One dict per image: name and category, and for our own sets style, caption and more."""
         if self.from_sheets:
             return self.sheet_records
-        return [{"name": os.path.relpath(path, self.folder), "category": Path(path).parent.name}
-                for path in self.sources]
+        no_class = {self.folder, self.folder / "train", self.folder / "val"}
+        return [{"name": os.path.relpath(path, self.folder),
+                 "category": "" if Path(path).parent in no_class else Path(path).parent.name} for path in self.sources]
 
     def __len__(self):
         return len(self.sources)
@@ -1359,7 +1600,7 @@ class ImageSet(torch.utils.data.Dataset):
                 unreadable.append(str(source))
         else:
             raise InputError(f"no image in {self.folder} can be read")
-        return self.prepare(image, self.size, seed), unreadable
+        return self.prepare(image, self.size, seed), (index + step) % len(self.sources), unreadable
 
     @staticmethod
     def prepare(image, size, seed=None):
@@ -1374,8 +1615,9 @@ class ImageSet(torch.utils.data.Dataset):
 
     @staticmethod
     def collate(items):
-        """Items -> images (B, 3, size, size) and the names of unreadable files."""
-        return torch.stack([image for image, _ in items]), [name for _, names in items for name in names]
+        """Items -> images (B, 3, size, size), their indices and the names of unreadable files."""
+        images, indices, names = zip(*items)
+        return torch.stack(images), list(indices), [name for some in names for name in some]
 
     def spread(self, count):
         """Up to `count` images from all over the set, as floats (count, 3, size, size) in [0, 1]."""
@@ -1383,16 +1625,30 @@ class ImageSet(torch.utils.data.Dataset):
         keys = [i * len(self) // count for i in range(count)]
         return torch.cat(list(self.batches(keys, count))).float() / 255
 
-    def batches(self, keys, batch_size, workers=0):
-        """Yield the images of the keys, in their order, as uint8 tensors (up to batch_size, 3, size, size)."""
+    def fingerprint(self):
+        """SHA-256 of what the images depend on: pixels of our sheets; paths, sizes and dates of files; and the size."""
+        digest = hashlib.sha256(str(self.size).encode())
+        for source in self.sources:
+            if isinstance(source, np.ndarray):
+                digest.update(source.tobytes())
+            else:
+                stat = os.stat(source)
+                digest.update(f"{source} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+        return digest.hexdigest()
+
+    def batches(self, keys, batch_size, workers=0, indices=False):
+        """Yield the images of the keys, in their order, as uint8 tensors (up to batch_size, 3, size, size).
+
+        With `indices`, pairs of such a tensor and the list of the images' places in the set.
+        """
         loader = torch.utils.data.DataLoader(self, batch_size, sampler=keys, num_workers=workers,
                                              collate_fn=ImageSet.collate)
-        for images, unreadable in loader:
+        for images, places, unreadable in loader:
             for name in set(unreadable) - self.unreadable:
                 self.unreadable.add(name)
                 count = len(self.unreadable)
                 print(f"skipped {name}, which cannot be read as an image ({count} so far)", file=sys.stderr)
-            yield images
+            yield (images, places) if indices else images
 
 
 class TrainingOrder:
@@ -1442,16 +1698,32 @@ ROOT = Path(__file__).resolve().parent
 
 
 def setting(help, choices=None, zero=False, most=math.inf):
-    """A field of TrainingConfig that `train.py` makes a flag of; a number is above 0, or 0 too with `zero`."""
+    """A field of the settings that `train.py` makes a flag of; a number is above 0, or 0 too with `zero`."""
     return field(metadata={"help": help, "choices": choices, "zero": zero, "most": most})
 
 
-@dataclass
-class TrainingConfig:
-    """Settings of stage 1 or 2, Table 7's rows among them; each but `betas` is a flag of `train.py`."""
+@dataclass(kw_only=True)
+class CommonConfig:
+    """Settings of every stage."""
 
     data: str = setting("folder of images, flat or one folder per class")
-    encoder: str = setting("DINOv2 checkpoint: a folder in the hub's layout or a hub id")
+    steps: int = setting("training steps")
+    batch_size: int = setting("images a step")
+    learning_rate: float = setting("at its highest, after the warm-up; of all that has no rate of its own")
+    end_factor: float = setting("what is left of each learning rate at the end of its cosine", zero=True, most=1)
+    warmup_steps: int = setting("steps over which learning rates rise")
+    weight_decay: float = setting("AdamW's, on matrices only", zero=True)
+    max_grad_norm: float = setting("gradients are scaled down to this norm")
+    ema_decay: float = setting("of the averaged weights, which are evaluated and saved", zero=True, most=1)
+    betas: tuple = (0.9, 0.999)
+    adam_epsilon: float = 1e-8
+
+
+@dataclass(kw_only=True)
+class TrainingConfig(CommonConfig):
+    """Settings of stage 1 or 2, Table 7's rows among them."""
+
+    encoder: str = setting("DINOv2 checkpoint: a folder in the hub's layout or a hub id; or a folder of a VQRAE")
     image_size: int = setting("side of the training images in pixels")
     output_patch_size: int | None = setting("q, side of a token's patch of output (default: the encoder's p)")
     quantizer: str = setting("simvq: the paper's; vq: plain; none: continuous", choices=list(QUANTIZERS))
@@ -1470,17 +1742,39 @@ class TrainingConfig:
                                         zero=True)
     discriminator_start: int = setting("step at which discriminator and adversarial loss set in", zero=True)
     discriminator_width: int = setting("channels of the discriminator's first stage, a multiple of 32 (TiTok: 128)")
-    steps: int = setting("training steps")
-    batch_size: int = setting("images a step")
-    learning_rate: float = setting("of decoder, projections and codebook, at its highest, after the warm-up")
     encoder_learning_rate: float = setting("of the encoder; 0 keeps it frozen", zero=True)
     discriminator_learning_rate: float = setting("of the discriminator", zero=True)
-    end_factor: float = setting("what is left of each learning rate at the end of its cosine", zero=True, most=1)
-    warmup_steps: int = setting("steps over which learning rates rise")
-    weight_decay: float = setting("AdamW's, on matrices only", zero=True)
-    max_grad_norm: float = setting("gradients are scaled down to this norm")
-    ema_decay: float = setting("of the averaged weights, which are evaluated and saved", zero=True, most=1)
-    betas: tuple = (0.9, 0.999)
+
+
+@dataclass(kw_only=True)
+class LanguageConfig(CommonConfig):
+    """Settings of a transformer that writes codes (stage ar, Table 9) or captions (stage caption, Table 8)."""
+
+    qwen3: str | None = setting("Qwen3 checkpoint to start from, a folder or a hub id; its sizes replace the next ones")
+    text_vocabulary: int = setting("tokens of the text tokenizer, at most, 256 bytes among them")
+    width: int = setting("of the transformer, d")
+    depth: int = setting("blocks")
+    heads: int = setting("query heads")
+    kv_heads: int = setting("key and value heads, a divisor of the query heads")
+    head_width: int = setting("channels of a head, an even number")
+    mlp_width: int = setting("channels inside the MLP")
+
+
+@dataclass(kw_only=True)
+class GenerationConfig(LanguageConfig):
+    """Settings of stage ar."""
+
+    tokenizer: str = setting("the VQRAE whose codes are predicted, a folder")
+    caption_dropout: float = setting("share of images without their caption, for guidance", zero=True, most=1)
+    style_dropout: float = setting("share of captions that do not name the style", zero=True, most=1)
+
+
+@dataclass(kw_only=True)
+class CaptionConfig(LanguageConfig):
+    """Settings of stage caption."""
+
+    encoder: str = setting("the encoder that is read")
+    image_size: int = setting("side of the images")
 
 
 # What a model of stage 1 has fixed for stage 2.
@@ -1517,6 +1811,10 @@ TINY = TrainingConfig(
     ema_decay=0.999,
 )
 
+# A Qwen3 of two CPU cores' size. `adam_epsilon` is Table 9's.
+TINY_LM = dict(qwen3=None, text_vocabulary=1024, width=256, depth=6, heads=4, kv_heads=2, head_width=64, mlp_width=768,
+               data=TINY.data, max_grad_norm=1.0, warmup_steps=100, end_factor=0.01, adam_epsilon=1e-15)
+
 PRESETS = {
     # Made for two CPU cores and a few minutes, with nothing to download.
     "tiny": {
@@ -1524,5 +1822,18 @@ PRESETS = {
         # Rates were chosen by measurement, see the README; at the paper's 0.1 the adversarial term overruns the others.
         "2": replace(TINY, distillation_weight=1.0, adversarial_weight=0.02, discriminator_start=1400, steps=2000,
                      learning_rate=1e-3, encoder_learning_rate=1e-3, discriminator_learning_rate=4e-4),
+        "ar": GenerationConfig(
+            **TINY_LM, tokenizer="out/stage2", caption_dropout=0.1, style_dropout=0.2, steps=4500, batch_size=32,
+            learning_rate=3e-3, weight_decay=0.0, ema_decay=0.998),
+        "caption": CaptionConfig(
+            **TINY_LM, encoder=TINY.encoder, image_size=TINY.image_size, steps=1500, batch_size=32,
+            learning_rate=1e-3, weight_decay=0.0, ema_decay=0.998),
+    },
+    # The paper's language model, with Table 9's settings; steps it does not say. Needs a GPU.
+    "qwen3-0.6b": {
+        "ar": GenerationConfig(
+            **{**TINY_LM, "qwen3": "Qwen/Qwen3-0.6B", "warmup_steps": 4000, "end_factor": 1.0}, tokenizer="out/stage2",
+            caption_dropout=0.1, style_dropout=0.2, steps=100_000, batch_size=512, learning_rate=1e-4,
+            weight_decay=0.0, ema_decay=0.999),
     },
 }
