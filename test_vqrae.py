@@ -1330,6 +1330,26 @@ def test_top_k_and_top_p_leave_the_likeliest_codes(seed, top_k, top_p, temperatu
     assert drawn <= set(order[before < top_p + 1e-6].tolist())
 
 
+@given(seed=seeds, most=st.floats(0, 1))
+def test_misread_codes_are_other_codes_of_the_batch_and_no_more_than_asked(seed, most):
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(1000, (4, 500), generator=generator)
+    seen = vqrae.misread(codes, most, generator)
+    assert seen.shape == codes.shape and set(seen.flatten().tolist()) <= set(codes.flatten().tolist())
+    assert (seen != codes).float().mean(1).max() <= most + 0.1  # 500 draws: five standard deviations at the most
+    assert torch.equal(vqrae.misread(codes, 0.0, generator), codes)
+
+
+@given(seed=seeds)
+def test_what_is_misread_is_still_to_be_predicted_as_it_is(seed):
+    model, generator = small_lm(seed), torch.Generator().manual_seed(seed)
+    tokens, seen = torch.randint(30, 50, (2, 2, 6), generator=generator)
+    with torch.no_grad():
+        log_p = model(seen[:, :-1]).double().log_softmax(-1)
+        expected = -log_p.gather(2, tokens[:, 1:, None]).mean().item()
+        assert model.loss(tokens, seen=seen).item() == pytest.approx(expected, abs=1e-4)
+
+
 @given(seed=seeds, text=st.integers(1, 4), codes=st.integers(1, 5))
 def test_the_loss_is_the_cross_entropy_of_visual_tokens_alone(seed, text, codes):
     model, generator = small_lm(seed), torch.Generator().manual_seed(seed)
@@ -1488,7 +1508,7 @@ def test_stage_ar_resumes_bit_identical(ar_run, tmp_path):
 
 def test_a_transformer_that_knows_its_images_by_heart_writes_them_when_asked(ar_run):
     run = make_run(ar_run + ["--steps", "250", "--learning-rate", "1e-2", "--caption-dropout", "0",
-                             "--batch-size", "11"])
+                             "--batch-size", "11", "--code-noise", "0"])
     for i, record in enumerate(run.records["train"]):
         record["category"] = f"picture {i}"  # a name for each
     take_steps(run, 250)
@@ -1862,8 +1882,8 @@ def written_models(tmp_path):
 
 def test_generate_writes_a_grid_and_single_pictures_that_a_seed_repeats(written_models, tmp_path):
     for out, seed in (("a", "0"), ("b", "0"), ("c", "1")):
-        sample.main(["generate", "a red apple", "Cat / face?", "a red apple", "--model", written_models["ar"], "--count",
-                     "2", "--seed", seed, "--out", str(tmp_path / out), "--device", "cpu"])
+        sample.main(["generate", "a red apple", "Cat / face?", "a red apple", "--model", written_models["ar"],
+                     "--count", "2", "--seed", seed, "--out", str(tmp_path / out), "--device", "cpu"])
     names = {"grid.png", "cat-face-0.png", "cat-face-1.png", *(f"a-red-apple-{i}.png" for i in range(4))}
     assert {path.name for path in (tmp_path / "a").iterdir()} == names
     pictures = [(tmp_path / out / "grid.png").read_bytes() for out in "abc"]

@@ -474,14 +474,17 @@ class GenerationRun(Run):
 
     def step(self, indices):
         """One update on the images of these indices, some without their caption or its style."""
-        config = self.config
-        without_caption, without_style = torch.rand(2, len(indices), generator=self.generator())
+        config, generator = self.config, self.generator()
+        without_caption, without_style = torch.rand(2, len(indices), generator=generator)
         captions = [vqrae.caption_of(self.records["train"][index], style=b >= config.style_dropout)
                     if a >= config.caption_dropout else ""
                     for index, a, b in zip(indices, without_caption.tolist(), without_style.tolist())]
         prompts = [self.model.prompt(caption) for caption in captions]
+        codes = self.codes["train"][indices]  # (B, N)
+        tokens, first = self.model.pack(prompts, codes)
+        seen, _ = self.model.pack(prompts, vqrae.misread(codes, config.code_noise, generator))
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            loss = self.forward(*self.model.pack(prompts, self.codes["train"][indices]))
+            loss = self.forward(tokens, first, seen)
         self.update({"loss": loss, "grad_norm": self.gradients(loss)})
 
     def show(self, line):

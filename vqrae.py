@@ -996,13 +996,14 @@ class VisualLM(nn.Module):
         """Logits (B, n, V + K) of what follows each of the tokens (B, n); `first` and `cache` as in `transform`."""
         return self.transform(self.embedding(tokens), first, cache) @ self.embedding.weight.T
 
-    def loss(self, tokens, first=None):
+    def loss(self, tokens, first=None, seen=None):
         """Mean cross-entropy of the visual tokens among tokens (B, n) given all before them; text is only read.
 
         The paper trains "exclusively on visual tokens". The softmax is over the whole vocabulary, as text and codes
-        share it.
+        share it. seen (B, n): what is read in the place of the tokens, see `misread`.
         """
-        x, targets = self.transform(self.embedding(tokens[:, :-1]), first), tokens[:, 1:]  # (B, n - 1, d), (B, n - 1)
+        x = self.transform(self.embedding((tokens if seen is None else seen)[:, :-1]), first)  # (B, n - 1, d)
+        targets = tokens[:, 1:]  # (B, n - 1)
         visual = targets >= self.config.text_vocabulary
         return F.cross_entropy((x[visual] @ self.embedding.weight.T).float(), targets[visual])
 
@@ -1066,6 +1067,18 @@ class VisualLM(nn.Module):
         model = load_model(folder, "VisualLM", "--stage ar makes one", lambda saved: cls(LMConfig(**saved)))
         model.text = load_text_tokenizer(Path(folder) / "tokenizer.json")
         return model
+
+
+def misread(codes, most, generator):
+    """Codes (B, N) with some replaced by other codes of the batch: in each image its own share, up to `most`.
+
+    An image of a small set is known by its first codes. A transformer that reads them as they are learns to go on from
+    there, by heart, and has no use for the caption; once it writes, its first slip leads it to another image or to
+    none. One that may not trust what it reads learns what the caption says about every place.
+    """
+    share = most * torch.rand(len(codes), 1, generator=generator)  # (B, 1)
+    others = codes.flatten()[torch.randperm(codes.numel(), generator=generator)].view_as(codes)  # (B, N)
+    return torch.where(torch.rand(codes.shape, generator=generator) < share, others, codes)
 
 
 def choose(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
@@ -1767,6 +1780,7 @@ class GenerationConfig(LanguageConfig):
     tokenizer: str = setting("the VQRAE whose codes are predicted, a folder")
     caption_dropout: float = setting("share of images without their caption, for guidance", zero=True, most=1)
     style_dropout: float = setting("share of captions that do not name the style", zero=True, most=1)
+    code_noise: float = setting("largest share of an image's codes that are misread in training", zero=True, most=1)
 
 
 @dataclass(kw_only=True)
@@ -1823,8 +1837,8 @@ PRESETS = {
         "2": replace(TINY, distillation_weight=1.0, adversarial_weight=0.02, discriminator_start=1400, steps=2000,
                      learning_rate=1e-3, encoder_learning_rate=1e-3, discriminator_learning_rate=4e-4),
         "ar": GenerationConfig(
-            **TINY_LM, tokenizer="out/stage2", caption_dropout=0.1, style_dropout=0.2, steps=4500, batch_size=32,
-            learning_rate=3e-3, weight_decay=0.0, ema_decay=0.998),
+            **TINY_LM, tokenizer="out/stage2", caption_dropout=0.1, style_dropout=0.2, code_noise=0.3, steps=4500,
+            batch_size=32, learning_rate=4e-3, weight_decay=0.0, ema_decay=0.998),
         "caption": CaptionConfig(
             **TINY_LM, encoder=TINY.encoder, image_size=TINY.image_size, steps=1500, batch_size=32,
             learning_rate=1e-3, weight_decay=0.0, ema_decay=0.998),
@@ -1833,7 +1847,7 @@ PRESETS = {
     "qwen3-0.6b": {
         "ar": GenerationConfig(
             **{**TINY_LM, "qwen3": "Qwen/Qwen3-0.6B", "warmup_steps": 4000, "end_factor": 1.0}, tokenizer="out/stage2",
-            caption_dropout=0.1, style_dropout=0.2, steps=100_000, batch_size=512, learning_rate=1e-4,
+            caption_dropout=0.1, style_dropout=0.2, code_noise=0.0, steps=100_000, batch_size=512, learning_rate=1e-4,
             weight_decay=0.0, ema_decay=0.999),
     },
 }
