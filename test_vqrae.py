@@ -18,12 +18,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file
+from tokenizers import Tokenizer
 
 import sample
 import train
@@ -1460,10 +1462,17 @@ def test_a_saved_language_model_is_loaded_as_the_same_model(tmp_path):
     assert again.config == model.config and torch.equal(again.generate(**draw), model.generate(**draw))
 
 
-def test_a_language_model_without_its_text_tokenizer_is_one_sentence(tmp_path):
+@pytest.mark.parametrize("damage, sentence", [
+    (lambda folder: (folder / "tokenizer.json").unlink(), "cannot read the text tokenizer"),
+    (lambda folder: (folder / "tokenizer.json").write_text("{}"), "cannot read the text tokenizer"),
+    (lambda folder: edit(folder / "tokenizer.json", vqrae.START_OF_IMAGE, "<|start|>"), "has no token"),
+    (lambda folder: vqrae.train_text_tokenizer([*WORDS, "a great many more words"], 400).save(
+        str(folder / "tokenizer.json")), "has more tokens than"),
+])
+def test_a_damaged_text_tokenizer_is_one_sentence(tmp_path, damage, sentence):
     text_lm().save_pretrained(tmp_path)
-    (tmp_path / "tokenizer.json").unlink()
-    with pytest.raises(InputError, match="cannot read the text tokenizer"):
+    damage(tmp_path)
+    with pytest.raises(InputError, match=sentence):
         vqrae.VisualLM.from_pretrained(tmp_path)
 
 
@@ -1471,9 +1480,12 @@ def test_qwen3_brings_its_text_tokenizer_and_writes_codes_behind_it(qwen3_twin, 
     import shutil
 
     shutil.copytree(qwen3_twin[1], tmp_path / "qwen3")
-    text = vqrae.train_text_tokenizer(WORDS, 300)
+    words = {"red": 0, "apple": 1, vqrae.START_OF_IMAGE: 48, vqrae.END_OF_TEXT: 49}
+    text = Tokenizer(tokenizers.models.WordLevel(words, unk_token="red"))
+    text.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     text.save(str(tmp_path / "qwen3/tokenizer.json"))
     model = vqrae.load_qwen3(tmp_path / "qwen3", codebook_size=7, image_tokens=4)
+    assert model.prompt("red apple") == [0, 1, 48] and model.generate(["red apple"]).max() < 7
     assert model.text.to_str() == text.to_str() and model.config.image_tokens == 4
     assert model.embedding.weight.shape == (57, 32)
 

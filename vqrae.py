@@ -849,8 +849,10 @@ def train_text_tokenizer(texts, size):
     return tokenizer
 
 
-def load_text_tokenizer(path):
-    """The tokenizer in a tokenizer.json; InputError when it is missing, damaged, or lacks our two special tokens."""
+def load_text_tokenizer(path, vocabulary):
+    """The tokenizer in a tokenizer.json; InputError when it is missing or damaged, or lacks our two special tokens, or
+    has more tokens than the text part of the vocabulary has rows.
+    """
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises plain Exceptions
@@ -858,6 +860,8 @@ def load_text_tokenizer(path):
     for token in (START_OF_IMAGE, END_OF_TEXT):
         if tokenizer.token_to_id(token) is None:
             raise InputError(f"the text tokenizer {path} has no token {token}")
+    if max(tokenizer.get_vocab().values()) >= vocabulary:
+        raise InputError(f"the text tokenizer {path} has more tokens than the {vocabulary} of its model's config.json")
     return tokenizer
 
 
@@ -1065,7 +1069,7 @@ class VisualLM(nn.Module):
     def from_pretrained(cls, folder):
         """Load what `save_pretrained` wrote, in eval mode; InputError says what is missing or damaged."""
         model = load_model(folder, "VisualLM", "--stage ar makes one", lambda saved: cls(LMConfig(**saved)))
-        model.text = load_text_tokenizer(Path(folder) / "tokenizer.json")
+        model.text = load_text_tokenizer(Path(folder) / "tokenizer.json", model.config.text_vocabulary)
         return model
 
 
@@ -1139,7 +1143,7 @@ def load_qwen3(source, codebook_size, image_tokens=0):
         ours["embedding.weight"] = torch.cat([ours["embedding.weight"], codes])
     load_weights(model, ours, folder)
     if (folder / "tokenizer.json").exists():
-        model.text = load_text_tokenizer(folder / "tokenizer.json")
+        model.text = load_text_tokenizer(folder / "tokenizer.json", config.text_vocabulary)
     return model.eval()
 
 
@@ -1217,7 +1221,7 @@ class Captioner(nn.Module):
         """Load what `save_pretrained` wrote, in eval mode; InputError says what is missing or damaged."""
         model = load_model(folder, "Captioner", "--stage caption makes one", lambda saved: cls(
             CaptionerConfig(ViTConfig(**saved["encoder"]), LMConfig(**saved["lm"]))))
-        model.lm.text = load_text_tokenizer(Path(folder) / "tokenizer.json")
+        model.lm.text = load_text_tokenizer(Path(folder) / "tokenizer.json", model.config.lm.text_vocabulary)
         return model
 
 
