@@ -8,6 +8,7 @@
     python sample.py codes --model out/stage1                   # what single codes stand for
     python sample.py generate "a red apple" "noto cat face"     # pictures of captions, by out/ar
     python sample.py evaluate --model out/ar                    # do pictures show what their captions say?
+    python sample.py export --format hf --out my/encoder        # the encoder for transformers, for LLaVA and others
     python sample.py caption cat.jpg                            # what out/caption says of an image
     python sample.py evaluate --model out/caption --encoder out/stage2    # how many captions are right, encoder swapped
 """
@@ -332,6 +333,45 @@ def clusters(args, model, images, device):
     return result
 
 
+def export(args, device):
+    """Hand a trained model over. hf: the encoder as transformers' own class loads it, and the tokenizer as a folder.
+
+    tokens: the codes of all images of --data, in shards with an index; what is written is not written again.
+    """
+    model = load_tokenizer(args, device)
+    if args.format == "hf":
+        vqrae.save_encoder(model.encoder, args.out / "encoder")
+        model.save_pretrained(args.out / "tokenizer")
+        class_name = vqrae.read_json(args.out / "encoder/config.json")["architectures"][0]
+        print(f"{args.out}/encoder: for transformers.{class_name}.from_pretrained; {args.out}/tokenizer: for "
+              "vqrae.VQRAE.from_pretrained")
+        return
+    if model.config.quantizer == "none":
+        raise InputError(f"the model in {args.model} has no codes (--quantizer none)")
+    images = vqrae.ImageSet(args.data, args.split, args.image_size)
+    digest, records, shards = vqrae.codes_digest(model, images), images.records, []
+    note = args.out / "digest.txt"
+    if note.exists() and note.read_text() != digest:
+        raise InputError(f"{args.out} holds tokens of another model or other images; choose another --out")
+    args.out.mkdir(parents=True, exist_ok=True)
+    note.write_text(digest)
+    for shard, begin in enumerate(tqdm(range(0, len(images), args.shard_size), desc="tokens", unit="shard")):
+        path = args.out / f"codes-{shard:05}.safetensors"
+        if not path.exists():
+            keys = range(begin, min(begin + args.shard_size, len(images)))
+            vqrae.write_codes(path, model, images, keys, args.batch_size, device)
+        places = vqrae.read_safetensors(path)["places"].tolist()
+        shards.append({"file": path.name, "images": len(places), "names": [records[i].get("name") for i in places],
+                       "captions": [vqrae.caption_of(records[i]) for i in places]})
+    rows, columns = (args.image_size // model.config.encoder.patch_size,) * 2
+    index = {"codebook_size": model.config.codebook_size, "tokens_per_image": rows * columns, "digest": digest,
+             "shards": shards}
+    (args.out / "index.json.tmp").write_text(json.dumps(index))
+    (args.out / "index.json.tmp").replace(args.out / "index.json")
+    print(f"{args.out}/index.json: {sum(shard['images'] for shard in shards)} images of {rows * columns} tokens in "
+          f"{len(shards)} shards")
+
+
 def codes(args, device):
     """Draw held-out patches that chose a code, a row a code, for codes from the most to the least frequent."""
     model = load_tokenizer(args, device)
@@ -372,7 +412,7 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     defaults = {reconstruct: "out/stage1", evaluate: "out/stage1", codes: "out/stage1", generate: "out/ar",
-                caption: "out/caption"}
+                caption: "out/caption", export: "out/stage2"}
     for command, folder in defaults.items():
         sub = commands.add_parser(command.__name__, help=command.__doc__, description=command.__doc__)
         sub.set_defaults(function=command)
@@ -385,7 +425,7 @@ def parse_args(argv=None):
                              help="image files of any kind")
         if command is not generate:
             sub.add_argument("--image-size", type=number(int), help="side in pixels (default: the model's)")
-        if command in (reconstruct, evaluate, codes):
+        if command in (reconstruct, evaluate, codes, export):
             sub.add_argument("--data", default=str(vqrae.ROOT / "data/emoji"),
                              help="folder of images (default: the emoji)")
             sub.add_argument("--split", choices=["val", "train", "all"], default="val", help="val: the held-out images")
@@ -417,6 +457,10 @@ def parse_args(argv=None):
             sub.add_argument("--seed", type=number(int, zero=True), default=0, help="of the draw of codes")
         if command is generate:
             sub.add_argument("captions", nargs="*", metavar="CAPTION", help='such as "a red apple" or "noto red apple"')
+        if command is export:
+            sub.add_argument("--format", choices=["hf", "tokens"], required=True,
+                             help="hf: the encoder for transformers, and the tokenizer; tokens: codes of --data")
+            sub.add_argument("--shard-size", type=number(int), default=10000, help="images to a shard of tokens")
         if command is codes:
             sub.add_argument("--codes", type=number(int), default=16, help="how many codes to draw")
             sub.add_argument("--patches", type=number(int), default=16, help="how many patches of each")

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
 import sample
@@ -265,6 +265,158 @@ def assert_same_patch_tokens(encoder, twin, images):
 def test_patch_tokens_equal_those_of_transformers_at_native_and_other_sizes(tmp_path, height, width):
     twin = transformers_twin(tmp_path, seed=height)
     assert_same_patch_tokens(vqrae.load_encoder(tmp_path), twin, torch.rand(3, 3, height, width))
+
+
+SIZES = {"hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 20, "patch_size": 4}
+
+
+def family_twin(family, seed=0):
+    """A small random encoder of transformers' own class, and a function of images in [0, 1] -> its patch tokens."""
+    import transformers
+
+    torch.manual_seed(seed)
+    if family == "dinov2_with_registers":
+        twin = transformers.Dinov2WithRegistersModel(transformers.Dinov2WithRegistersConfig(
+            **SIZES, mlp_ratio=2, num_register_tokens=3))
+    elif family == "siglip_vision_model":
+        twin = transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**SIZES, intermediate_size=52))
+    elif family == "clip_vision_model":
+        twin = transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**SIZES, intermediate_size=48))
+    else:
+        sizes = {**SIZES, "image_size": [20, 20], "patch_size": [4, 4]}
+        twin = transformers.InternVLVisionModel(transformers.InternVLVisionConfig(
+            **sizes, intermediate_size=48, attention_bias=True))
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))  # biases and norms away from their trivial start
+    twin.eval()
+
+    def patch_tokens(images):
+        traits = vqrae.FAMILIES[family][3]
+        mean, std = (torch.tensor(traits.get(name, getattr(vqrae.ViTConfig, name)))[:, None, None]
+                     for name in ("mean", "std"))
+        options = {"interpolate_pos_encoding": True} if family in ("siglip_vision_model", "clip_vision_model") else {}
+        with torch.no_grad():
+            tokens = twin((images - mean) / std, **options).last_hidden_state
+        return tokens[:, {"dinov2_with_registers": 4, "siglip_vision_model": 0}.get(family, 1):]
+
+    return twin, patch_tokens
+
+
+@pytest.mark.parametrize("height, width", [(20, 20), (12, 12), (32, 24)])
+@pytest.mark.parametrize("family", ["dinov2_with_registers", "siglip_vision_model", "clip_vision_model",
+                                    "internvl_vision"])
+def test_every_family_equals_transformers_at_native_and_other_sizes(family, tmp_path, height, width):
+    twin, patch_tokens = family_twin(family, seed=height)
+    twin.save_pretrained(tmp_path)
+    images = torch.rand(2, 3, height, width)
+    encoder = vqrae.load_encoder(tmp_path)
+    assert encoder.config.family == family
+    with torch.no_grad():
+        torch.testing.assert_close(encoder(images), patch_tokens(images), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("whole", ["siglip", "clip"])
+def test_an_encoder_is_found_beside_its_text_half(whole, tmp_path):
+    import transformers
+
+    torch.manual_seed(0)
+    kind = {"siglip": transformers.SiglipModel, "clip": transformers.CLIPModel}[whole]
+    text = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16,
+            "vocab_size": 30, "max_position_embeddings": 8}
+    model = kind(kind.config_class(text_config=text, vision_config={**SIZES, "intermediate_size": 48})).eval()
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1  # in shards, too
+    images = torch.rand(2, 3, 20, 20)
+    encoder = vqrae.load_encoder(tmp_path)
+    with torch.no_grad():
+        expected = model.vision_model((images - encoder.mean) / encoder.std).last_hidden_state
+    torch.testing.assert_close(encoder(images), expected[:, 25 - expected.shape[1] or None:][:, -25:],
+                               rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_opengvlabs_names_of_internvit_load_too_alone_and_inside_internvl(inside, tmp_path):
+    twin, patch_tokens = family_twin("internvl_vision")
+    theirs, weights = twin.state_dict(), {}
+    for i in range(3):
+        for part in ("weight", "bias"):  # q, k and v stand stacked in one matrix there
+            weights[f"encoder.layers.{i}.attn.qkv.{part}"] = torch.cat(
+                [theirs.pop(f"encoder.layer.{i}.attention.{q}_proj.{part}") for q in "qkv"])
+    for name, tensor in theirs.items():
+        for old, new in (("embeddings.cls_token", "embeddings.class_embedding"), ("encoder.layer.", "encoder.layers."),
+                         ("position_embeddings", "position_embedding"), ("layernorm_before", "norm1"),
+                         ("patch_embeddings.projection", "patch_embedding"),
+                         ("attention.projection_layer", "attn.proj"),
+                         ("layernorm_after", "norm2"), ("lambda_1", "ls1"), ("lambda_2", "ls2")):
+            name = name.replace(old, new)
+        weights[name] = tensor
+    config = {**SIZES, "model_type": "intern_vit_6b", "intermediate_size": 48, "hidden_act": "gelu", "qkv_bias": True,
+              "qk_normalization": False, "norm_type": "layer_norm", "layer_norm_eps": 1e-6}
+    if inside:
+        config = {"model_type": "internvl_chat", "vision_config": config}
+        weights = {f"vision_model.{name}": tensor for name, tensor in weights.items()}
+        weights["language_model.model.embed_tokens.weight"] = torch.zeros(3, 3)
+    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for size in (20, 28):
+        images = torch.rand(2, 3, size, size)
+        with torch.no_grad():
+            torch.testing.assert_close(vqrae.load_encoder(tmp_path)(images), patch_tokens(images), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["dinov2_with_registers", "siglip_vision_model", "clip_vision_model",
+                                    "internvl_vision"])
+def test_what_we_write_loads_in_transformers_own_class_with_no_key_too_few_or_too_many(family, tmp_path):
+    import transformers
+
+    twin, patch_tokens = family_twin(family)
+    twin.save_pretrained(tmp_path / "theirs")
+    vqrae.save_encoder(vqrae.load_encoder(tmp_path / "theirs"), tmp_path / "ours")
+    kind = getattr(transformers, vqrae.FAMILIES[family][1])
+    again, report = kind.from_pretrained(tmp_path / "ours", output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
+    images = torch.rand(2, 3, 20, 20)
+    with torch.no_grad():
+        ours = vqrae.load_encoder(tmp_path / "ours")
+        found = again.eval()((images - ours.mean) / ours.std).last_hidden_state[:, -25:]
+    torch.testing.assert_close(found, patch_tokens(images), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ours(images), patch_tokens(images), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["siglip_vision_model", "clip_vision_model", "internvl_vision"])
+def test_a_vqrae_around_every_family_trains_and_is_loaded_as_the_same_model(family, tmp_path):
+    twin, _ = family_twin(family)
+    twin.save_pretrained(tmp_path / "encoder")
+    encoder = vqrae.load_encoder(tmp_path / "encoder")
+    model = vqrae.VQRAE(vqrae.VQRAEConfig(encoder.config, 20, 4, codebook_size=16, codebook_dim=8)).eval()
+    model.encoder = encoder
+    images = torch.rand(2, 3, 20, 20)
+    F.mse_loss(model(images).reconstruction, images).backward()
+    assert all(p.grad is not None for p in model.decoder.parameters())
+    model.save_pretrained(tmp_path / "model")
+    again = vqrae.VQRAE.from_pretrained(tmp_path / "model")
+    assert torch.equal(again(images).reconstruction, model(images).reconstruction)
+
+
+INDEX = "model.safetensors.index.json"
+
+
+@pytest.mark.parametrize("damage, sentence", [
+    (lambda f: edit(f / "config.json", '"use_qk_norm": false', '"use_qk_norm": true'), "q/k norms"),
+    (lambda f: edit(f / "config.json", '"hidden_act": "gelu"', '"hidden_act": "relu"'), "activation other than gelu"),
+    (lambda f: (f / "model.safetensors").rename(f / "model-1.safetensors") and (
+        f / INDEX).write_text('{"weight_map": {"x": "model-2.safetensors"}}'),
+     "cannot read the weights in .*model-2.safetensors"),
+    (lambda f: (f / INDEX).write_text('{"weight_map": {"x": "../x"}}'), "is not in its"),
+    (lambda f: (f / INDEX).write_text("{}"), "has no weight_map"),
+])
+def test_a_damaged_checkpoint_of_another_family_is_one_sentence(damage, sentence, tmp_path):
+    family_twin("internvl_vision")[0].save_pretrained(tmp_path)
+    damage(tmp_path)
+    with pytest.raises(InputError, match=sentence) as error:
+        vqrae.load_encoder(tmp_path)
+    assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
 
 
 def test_the_shipped_encoder_equals_transformers_too():
@@ -1054,6 +1206,16 @@ def test_the_encoder_learns_from_pixels_through_the_straight_through_and_from_th
     assert any(g is not None and g.abs().sum() > 0 for g in gradients) == reaches
 
 
+def test_a_batch_in_parts_gives_the_gradient_of_the_whole(second_stage):
+    gradients = []
+    for parts in ("1", "2", "4"):
+        run = make_run(second_stage + ["--accumulate", parts, "--max-grad-norm", "1e9", "--perceptual", "none"])
+        take_steps(run, 1)
+        gradients.append(torch.cat([p.grad.flatten() for p in run.trained if p.grad is not None]))
+    for gradient in gradients[1:]:
+        torch.testing.assert_close(gradient, gradients[0], rtol=1e-3, atol=1e-6)
+
+
 def test_without_distillation_the_teacher_is_not_asked(second_stage):
     assert "distillation" not in take_steps(make_run(second_stage + ["--distillation-weight", "0"]), 1)[0]
 
@@ -1230,6 +1392,44 @@ def test_without_labels_there_is_nothing_to_understand(tmp_path, photo_folder):
         (tmp_path / "flat" / path.name).write_bytes(path.read_bytes())
     images = vqrae.ImageSet(tmp_path / "flat", "all", 16)
     assert vqrae.understanding(small_model(), small_model().encoder, images, images) == {}
+
+
+TABLE_7 = {  # SigLIP2-256, SigLIP2-512, InternViT-448; stage 1, then stage 2
+    "image_size": [256, 512, 448, 256, 512, 448],
+    "codebook_size": [16384] * 6,
+    "codebook_dim": [1536] * 6,
+    "discriminator_start": [None] * 3 + [50000, 50000, 30000],
+    "adversarial_weight": [0] * 3 + [0.1] * 3,
+    "distillation_weight": [0] * 3 + [1.0] * 3,
+    "perceptual_weight": [1.1] * 6,
+    "perceptual": ["lpips-convnext"] * 6,
+    "encoder_learning_rate": [0] * 3 + [1e-5] * 3,
+    "learning_rate": [4e-4] * 3 + [1e-4] * 3,
+    "end learning rate": [1e-4] * 3 + [1e-5] * 3,
+    "weight_decay": [1e-4] * 6,
+    "discriminator_learning_rate": [0] * 3 + [4e-5] * 3,
+    "betas": [(0.9, 0.999)] * 6,
+    "warmup_steps": [2000] * 6,
+    "max_grad_norm": [1.0] * 6,
+    "batch_size": [1024, 1024, 768] * 2,
+    "steps": [100000, 100000, 45000, 70000, 70000, 60000],
+}
+
+
+@pytest.mark.parametrize("row", TABLE_7)
+def test_the_papers_presets_are_table_7(row):
+    columns = [(name, stage) for stage in "12" for name in ("siglip2-256", "siglip2-512", "internvit-448")]
+    for (name, stage), expected in zip(columns, TABLE_7[row]):
+        config = vqrae.PRESETS[name][stage]
+        if expected is not None:
+            value = (config.learning_rate * config.end_factor if row == "end learning rate" else getattr(config, row))
+            assert value == (pytest.approx(expected) if isinstance(expected, float) else expected), (name, stage)
+
+
+def test_print_config_prints_a_preset(capsys):
+    train.main(["--stage", "2", "--preset", "internvit-448", "--print-config"])
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["steps"] == 60000 and printed["encoder_learning_rate"] == 1e-5
 
 
 # --- generation: section 3.5 ---
@@ -1950,3 +2150,42 @@ def test_a_model_of_another_kind_is_one_sentence(written_models, arguments, sent
     with pytest.raises(SystemExit, match=sentence) as error:
         sample.main([part.format(**written_models) for part in arguments])
     assert "\n" not in str(error.value)
+
+
+def test_the_exported_encoder_and_tokenizer_are_those_of_the_model(saved_model, tmp_path):
+    import transformers
+
+    sample.main(["export", "--format", "hf", "--model", str(saved_model), "--out", str(tmp_path / "out"), "--device",
+                 "cpu"])
+    model, images = vqrae.VQRAE.from_pretrained(saved_model), torch.rand(2, 3, 16, 16)
+    twin, report = transformers.Dinov2Model.from_pretrained(tmp_path / "out/encoder", output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
+    features, indices = model.encode(images)
+    with torch.no_grad():
+        found = twin.eval()(normalise(images)).last_hidden_state[:, 1:]
+    torch.testing.assert_close(found, features, rtol=1e-5, atol=1e-5)
+    assert torch.equal(vqrae.VQRAE.from_pretrained(tmp_path / "out/tokenizer").encode(images)[1], indices)
+
+
+def test_exported_tokens_are_the_codes_and_an_interrupted_export_goes_on(saved_model, photo_folder, tmp_path,
+                                                                         monkeypatch):
+    arguments = ["export", "--format", "tokens", "--model", str(saved_model), "--data", str(photo_folder), "--split",
+                 "all", "--shard-size", "5", "--out", str(tmp_path / "out"), "--device", "cpu"]
+    sample.main(arguments)
+    index = json.loads((tmp_path / "out/index.json").read_text())
+    assert [shard["images"] for shard in index["shards"]] == [5, 5, 2] and index["tokens_per_image"] == 16
+    shards = [load_file(tmp_path / "out" / shard["file"]) for shard in index["shards"]]
+    images = vqrae.ImageSet(photo_folder, "all", 16)
+    batch = next(iter(images.batches(range(12), 12)))
+    expected = vqrae.VQRAE.from_pretrained(saved_model).encode(batch.float() / 255)[1]
+    assert torch.equal(torch.cat([shard["codes"] for shard in shards]).long(), expected)
+    assert sum((shard["names"] for shard in index["shards"]), []) == [record["name"] for record in images.records]
+    before = (tmp_path / "out/index.json").read_bytes()
+    (tmp_path / "out" / index["shards"][1]["file"]).unlink()
+    calls, real = [], vqrae.VQRAE.encode
+    monkeypatch.setattr(vqrae.VQRAE, "encode", lambda model, x: (calls.append(len(x)), real(model, x))[1])
+    sample.main(arguments)
+    assert calls == [5] and (tmp_path / "out/index.json").read_bytes() == before
+    small_model(seed=9).save_pretrained(saved_model)
+    with pytest.raises(SystemExit, match="tokens of another model or other images"):
+        sample.main(arguments)

@@ -187,22 +187,31 @@ class Run:
         """What a step draws from: the same at the same step of the same seed, interrupted or not."""
         return torch.Generator().manual_seed((self.args.seed * 2**40 + self.done) % 2**63)
 
-    def gradients(self, loss):
-        """Compute and clip the gradients of the loss; return their norm."""
-        self.optimizer.zero_grad()
-        loss.backward()
-        return nn.utils.clip_grad_norm_(self.trained, self.config.max_grad_norm)
+    def descend(self, losses, *others):
+        """One update of weights and average; InputError, before anything changes, when a loss is not finite.
 
-    def update(self, terms, *others):
-        """Move weights and average by the gradients there are; InputError, before that, if a term is not finite.
-
-        others: further optimizers, each with the step at which it sets in.
+        losses(part) computes the loss of a slice of the batch, its other terms, and whatever gradients are not the
+        loss's. others: what else is trained, as the name of its gradient's norm, its parameters, their optimizer, and
+        the step at which that set in.
         """
-        if not torch.isfinite(torch.stack([value.detach() for value in terms.values()])).all():
+        trained, terms = [("grad_norm", self.trained, self.optimizer, 0), *others], {}
+        for _, _, optimizer, _ in trained:
+            optimizer.zero_grad()
+        size = self.config.batch_size
+        length = -(-size // self.config.accumulate)
+        for begin in range(0, size, length):
+            loss, more = losses(slice(begin, begin + length))
+            share = (min(begin + length, size) - begin) / size
+            (share * loss).backward()
+            for name, value in {"loss": loss, **more}.items():
+                terms[name] = terms.get(name, 0.0) + share * value.detach()
+        for name, parameters, _, _ in trained:
+            terms[name] = nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm)
+        if not torch.isfinite(torch.stack(list(terms.values()))).all():
             bad = ", ".join(f"{name} {value.item():.4g}" for name, value in terms.items())
             raise InputError(f"the loss or its gradient is not finite at step {self.done} ({bad}); the last good "
                              f"checkpoint is kept, and a lower --learning-rate may help")
-        for optimizer, start in ((self.optimizer, 0), *others):
+        for _, _, optimizer, start in trained:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * self.schedule(self.done, start)
             optimizer.step()
@@ -363,33 +372,36 @@ class TokenizerRun(Run):
         return self.train_images.batches(keys, self.config.batch_size, self.workers)
 
     def step(self, batch):
-        """One update on a batch of uint8 images; InputError, before anything changes, when the loss is not finite."""
-        config, images, others = self.config, batch.to(self.device).float() / 255, []
+        """One update on a batch of uint8 images."""
+        config, generator = self.config, self.generator()
         adversarial = self.discriminator is not None and self.done >= config.discriminator_start
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            out = self.forward(images)
+
+        def losses(part):
+            images = batch[part].to(self.device).float() / 255
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+                out = self.forward(images)
+                with torch.no_grad():
+                    teacher_features = self.teacher(images) if self.distils else None
+                loss, terms = vqrae.stage2_loss(
+                    images, out, self.perceptual, config.perceptual_weight, config.quantizer_weight, generator,
+                    teacher_features, config.distillation_weight, self.discriminator if adversarial else None,
+                    config.adversarial_weight)
+            reconstruction = out.reconstruction.detach().float()
+            target = vqrae.resize_to(images, reconstruction)
+            if adversarial:
+                discriminator_loss, logits = self.discriminator.loss(target, reconstruction)
+                (len(images) / len(batch) * discriminator_loss).backward()
+                terms.update(discriminator_loss=discriminator_loss, **logits)
             with torch.no_grad():
-                teacher_features = self.teacher(images) if self.distils else None
-            loss, terms = vqrae.stage2_loss(
-                images, out, self.perceptual, config.perceptual_weight, config.quantizer_weight, self.generator(),
-                teacher_features, config.distillation_weight, self.discriminator if adversarial else None,
-                config.adversarial_weight)
-        terms = {"loss": loss, **terms, "grad_norm": self.gradients(loss)}
-        reconstruction = out.reconstruction.detach().float()
-        target = vqrae.resize_to(images, reconstruction)
-        if adversarial:
-            self.discriminator_optimizer.zero_grad()
-            discriminator_loss, logits = self.discriminator.loss(target, reconstruction)
-            discriminator_loss.backward()
-            norm = nn.utils.clip_grad_norm_(self.discriminator.parameters(), config.max_grad_norm)
-            terms.update(discriminator_loss=discriminator_loss, discriminator_grad_norm=norm, **logits)
-            others = [(self.discriminator_optimizer, config.discriminator_start)]
-        self.update(terms, *others)
-        with torch.no_grad():
-            self.note({"train_psnr": vqrae.psnr(target, reconstruction.clamp(0, 1)).mean(),
-                       "z_norm": out.z.norm(dim=-1).mean(), "code_norm": out.z_q.norm(dim=-1).mean()})
-            if out.indices is not None:
-                self.note({"code_counts": torch.bincount(out.indices.flatten(), minlength=config.codebook_size)})
+                self.note({"train_psnr": vqrae.psnr(target, reconstruction.clamp(0, 1)).mean(),
+                           "z_norm": out.z.norm(dim=-1).mean(), "code_norm": out.z_q.norm(dim=-1).mean()})
+                if out.indices is not None:
+                    self.note({"code_counts": torch.bincount(out.indices.flatten(), minlength=config.codebook_size)})
+            return loss, terms
+
+        others = [("discriminator_grad_norm", list(self.discriminator.parameters()), self.discriminator_optimizer,
+                   config.discriminator_start)] if adversarial else []
+        self.descend(losses, *others)
 
     def log(self, images_per_second):
         counts, _ = self.window.pop("code_counts", (None, 0))
@@ -481,11 +493,15 @@ class GenerationRun(Run):
                     for index, a, b in zip(indices, without_caption.tolist(), without_style.tolist())]
         prompts = [self.model.prompt(caption) for caption in captions]
         codes = self.codes["train"][indices]  # (B, N)
-        tokens, first = self.model.pack(prompts, codes)
-        seen, _ = self.model.pack(prompts, vqrae.misread(codes, config.code_noise, generator))
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            loss = self.forward(tokens, first, seen)
-        self.update({"loss": loss, "grad_norm": self.gradients(loss)})
+        misread = vqrae.misread(codes, config.code_noise, generator)  # (B, N)
+
+        def losses(part):
+            tokens, first = self.model.pack(prompts[part], codes[part])
+            seen, _ = self.model.pack(prompts[part], misread[part])
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+                return self.forward(tokens, first, seen), {}
+
+        self.descend(losses)
 
     def show(self, line):
         """What the progress bar says of a log line, and what a sentence of its own says of an evaluation."""
@@ -549,9 +565,13 @@ class CaptionRun(Run):
 
     def step(self, batch):
         """One update on uint8 images and their places in the training set."""
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            loss = self.loss(self.forward, self.train_images, *batch)
-        self.update({"loss": loss, "grad_norm": self.gradients(loss)})
+        images, places = batch
+
+        def losses(part):
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+                return self.loss(self.forward, self.train_images, images[part], places[part]), {}
+
+        self.descend(losses)
 
     def show(self, line):
         """What the progress bar says of a log line, and what a sentence of its own says of an evaluation."""

@@ -14,6 +14,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import sys
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -48,8 +49,16 @@ class ViTConfig:
     depth: int
     heads: int
     mlp_width: int
+    family: str = "dinov2"  # a name in FAMILIES; what else distinguishes it stands below
+    activation: str = "gelu"  # a name in ACTIVATIONS
     layer_norm_eps: float = 1e-6
     layer_scale: bool = True
+    class_token: bool = True
+    registers: int = 0  # further tokens without a position
+    patch_bias: bool = True
+    pre_norm: bool = False  # a norm before the first block
+    final_norm: str = "tokens"  # which tokens the last norm is for: all "tokens", the "class" token alone, or "none"
+    antialias: bool = False  # when positions are resized
     mean: tuple = (0.485, 0.456, 0.406)  # ImageNet's, which DINOv2 was trained with
     std: tuple = (0.229, 0.224, 0.225)
 
@@ -72,6 +81,17 @@ def attend(q, k, v, visible=None):
     if visible is not None:
         scores = scores.masked_fill(~visible[:, :, None], -torch.inf)
     return (scores.softmax(-1).to(v.dtype).flatten(2, 3) @ v).view(B, heads, n, h)
+
+
+class QuickGELU(nn.Module):
+    """CLIP's x * sigmoid(1.702 x)."""
+
+    def forward(self, x):
+        return x * torch.sigmoid(1.702 * x)
+
+
+ACTIVATIONS = {"gelu": nn.GELU, "gelu_pytorch_tanh": functools.partial(nn.GELU, approximate="tanh"),
+               "quick_gelu": QuickGELU}
 
 
 class Attention(nn.Module):
@@ -100,7 +120,8 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(width, config.layer_norm_eps)
         self.attention = Attention(width, config.heads)
         self.norm2 = nn.LayerNorm(width, config.layer_norm_eps)
-        self.mlp = nn.Sequential(nn.Linear(width, config.mlp_width), nn.GELU(), nn.Linear(config.mlp_width, width))
+        self.mlp = nn.Sequential(nn.Linear(width, config.mlp_width), ACTIVATIONS[config.activation](),
+                                 nn.Linear(config.mlp_width, width))
         self.scale1 = nn.Parameter(torch.ones(width)) if config.layer_scale else 1.0
         self.scale2 = nn.Parameter(torch.ones(width)) if config.layer_scale else 1.0
 
@@ -118,7 +139,7 @@ class Block(nn.Module):
 class Encoder(nn.Module):
     """The vision foundation model E: images (B, 3, H, W) in [0, 1] -> features Z_I (B, N, d), N = HW/p^2.
 
-    The layout is DINOv2's: a class token first, learned positions, LayerScale, and a final norm.
+    One class for DINOv2 (with and without registers), SigLIP 2, CLIP and InternViT; ViTConfig says how they differ.
     """
 
     def __init__(self, config):
@@ -128,78 +149,146 @@ class Encoder(nn.Module):
         self.register_buffer("mean", torch.tensor(config.mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(config.std).view(1, 3, 1, 1), persistent=False)
         # Stride equals kernel: not a convolution over the image but one Linear applied to each patch.
-        self.patch_embed = nn.Conv2d(3, d, kernel_size=p, stride=p)
-        self.cls_token = nn.Parameter(torch.randn(1, 1, d) * 0.02)
-        self.positions = nn.Parameter(torch.randn(1, 1 + (config.image_size // p) ** 2, d) * 0.02)  # class token first
+        self.patch_embed = nn.Conv2d(3, d, kernel_size=p, stride=p, bias=config.patch_bias)
+        if config.class_token:
+            self.cls_token = nn.Parameter(torch.randn(1, 1, d) * 0.02)
+        if config.registers:
+            self.registers = nn.Parameter(torch.randn(1, config.registers, d) * 0.02)
+        positions = config.class_token + (config.image_size // p) ** 2  # the class token's first, if there is one
+        self.positions = nn.Parameter(torch.randn(1, positions, d) * 0.02)
+        self.pre_norm = nn.LayerNorm(d, config.layer_norm_eps) if config.pre_norm else nn.Identity()
         self.blocks = nn.ModuleList([Block(config) for _ in range(config.depth)])
-        self.norm = nn.LayerNorm(d, config.layer_norm_eps)
+        self.norm = nn.Identity() if config.final_norm == "none" else nn.LayerNorm(d, config.layer_norm_eps)
 
     def positions_for(self, rows, columns):
-        """Learned positions for a grid of patches (1, 1 + rows*columns, d), resized bicubically as DINOv2 does."""
+        """Learned positions for a grid of patches (1, [1 +] rows*columns, d), resized bicubically."""
         side = self.config.image_size // self.config.patch_size
         if (rows, columns) == (side, side):
             return self.positions
-        cls, grid = self.positions[:, :1], self.positions[:, 1:]
+        cls, grid = self.positions.split([int(self.config.class_token), side**2], dim=1)
         grid = grid.reshape(1, side, side, -1).permute(0, 3, 1, 2).float()  # (1, d, side, side)
-        grid = F.interpolate(grid, size=(rows, columns), mode="bicubic", align_corners=False)  # (1, d, rows, columns)
-        return torch.cat([cls, grid.flatten(2).transpose(1, 2).to(cls.dtype)], dim=1)  # (1, 1 + rows*columns, d)
+        grid = F.interpolate(grid, size=(rows, columns), mode="bicubic", align_corners=False,
+                             antialias=self.config.antialias)  # (1, d, rows, columns)
+        return torch.cat([cls, grid.flatten(2).transpose(1, 2).to(cls.dtype)], dim=1)  # (1, [1 +] rows*columns, d)
 
     def hidden_states(self, images):
-        """All tokens, class token first, after every block and before the norm: `depth` tensors (B, 1 + N, d).
+        """All tokens, class token and registers first, after every block and before the norm: `depth` tensors.
 
-        Raises InputError when the image's sides are not multiples of the patch size.
+        Each is (B, [1 +] registers + N, d). Raises InputError when the image's sides are not multiples of the patch
+        size.
         """
         p = self.config.patch_size
         height, width = images.shape[-2:]
         if height % p or width % p:
             raise InputError(f"images of {height} x {width} pixels do not divide into patches of {p}")
         x = self.patch_embed((images - self.mean) / self.std)  # (B, d, H/p, W/p)
-        positions = self.positions_for(*x.shape[-2:])  # (1, 1 + N, d)
+        positions = self.positions_for(*x.shape[-2:])  # (1, [1 +] N, d)
         x = x.flatten(2).transpose(1, 2)  # (B, N, d)
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + positions  # (B, 1 + N, d)
+        if self.config.class_token:
+            x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)  # (B, 1 + N, d)
+        x = x + positions  # (B, [1 +] N, d)
+        if self.config.registers:
+            first = int(self.config.class_token)
+            x = torch.cat([x[:, :first], self.registers.expand(len(x), -1, -1), x[:, first:]], dim=1)
+        x = self.pre_norm(x)  # (B, [1 +] registers + N, d)
         states = []
         for block in self.blocks:
-            x = block(x)  # (B, 1 + N, d)
+            x = block(x)  # (B, [1 +] registers + N, d)
             states.append(x)
         return states
 
     def forward(self, images):
-        return self.norm(self.hidden_states(images)[-1])[:, 1:]  # (B, N, d)
+        x = self.hidden_states(images)[-1]  # (B, [1 +] registers + N, d)
+        x = self.norm(x) if self.config.final_norm == "tokens" else x
+        return x[:, self.config.class_token + self.config.registers:]  # (B, N, d)
 
 
-def hub_name(name):
-    """The name that DINOv2 checkpoints on the hub use for our parameter `name`; query, key, value stand apart there."""
-    for ours, theirs in (
-        ("cls_token", "embeddings.cls_token"),
-        ("positions", "embeddings.position_embeddings"),
-        ("patch_embed.", "embeddings.patch_embeddings.projection."),
-        ("blocks.", "encoder.layer."),
-        ("attention.out.", "attention.output.dense."),
-        ("attention.qkv.", "attention.attention.{}."),
-        ("mlp.0.", "mlp.fc1."),
-        ("mlp.2.", "mlp.fc2."),
-        ("scale1", "layer_scale1.lambda1"),
-        ("scale2", "layer_scale2.lambda1"),
-    ):
-        name = name.replace(ours, theirs)
-    return "layernorm." + name[len("norm."):] if name.startswith("norm.") else name
+# What checkpoints call the parts of our Encoder; {} stands for query, key or value where they are kept apart.
+HUB_NAMES = (
+    # ours, DINOv2, SigLIP and CLIP, InternViT by OpenGVLab, InternViT by transformers
+    ("cls_token", "embeddings.cls_token", "embeddings.class_embedding", "embeddings.class_embedding",
+     "embeddings.cls_token"),
+    ("registers", "embeddings.register_tokens", "", "", ""),
+    ("positions", "embeddings.position_embeddings", "embeddings.position_embedding.weight",
+     "embeddings.position_embedding", "embeddings.position_embeddings"),
+    ("patch_embed.", "embeddings.patch_embeddings.projection.", "embeddings.patch_embedding.",
+     "embeddings.patch_embedding.", "embeddings.patch_embeddings.projection."),
+    ("pre_norm.", "", "pre_layrnorm.", "", ""),
+    ("norm.", "layernorm.", "post_layernorm.", "", ""),
+    ("blocks.", "encoder.layer.", "encoder.layers.", "encoder.layers.", "encoder.layer."),
+    ("norm1.", "norm1.", "layer_norm1.", "norm1.", "layernorm_before."),
+    ("norm2.", "norm2.", "layer_norm2.", "norm2.", "layernorm_after."),
+    ("attention.qkv.", "attention.attention.{}.", "self_attn.{}_proj.", "attn.qkv.", "attention.{}_proj."),
+    ("attention.out.", "attention.output.dense.", "self_attn.out_proj.", "attn.proj.", "attention.projection_layer."),
+    ("mlp.0.", "mlp.fc1.", "mlp.fc1.", "mlp.fc1.", "mlp.fc1."),
+    ("mlp.2.", "mlp.fc2.", "mlp.fc2.", "mlp.fc2.", "mlp.fc2."),
+    ("scale1", "layer_scale1.lambda1", "", "ls1", "lambda_1"),
+    ("scale2", "layer_scale2.lambda1", "", "ls2", "lambda_2"),
+)
+
+# By the model_type of the vision config: the column of HUB_NAMES, the transformers class, what config.json need not say
+# (hub configs leave out what transformers has as default), and what of ViTConfig is the family's.
+FAMILIES = {
+    "dinov2": (1, "Dinov2Model", {}, {}),
+    "dinov2_with_registers": (1, "Dinov2WithRegistersModel", {"num_register_tokens": 4}, {"antialias": True}),
+    "siglip_vision_model": (2, "SiglipVisionModel", {
+        "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072,
+        "image_size": 224, "patch_size": 16, "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6,
+    }, {"layer_scale": False, "class_token": False, "mean": (0.5,) * 3, "std": (0.5,) * 3}),
+    "clip_vision_model": (2, "CLIPVisionModel", {
+        "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072,
+        "image_size": 224, "patch_size": 32, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5,
+    }, {"layer_scale": False, "patch_bias": False, "pre_norm": True, "final_norm": "class",
+        "mean": (0.48145466, 0.4578275, 0.40821073), "std": (0.26862954, 0.26130258, 0.27577711)}),
+    "intern_vit_6b": (3, "InternVisionModel", {}, {"final_norm": "none"}),  # so called in the 300M's config too
+    "internvl_vision": (4, "InternVLVisionModel", {"hidden_act": "gelu"}, {"final_norm": "none"}),
+}
+
+
+def hub_names(name, column):
+    """What checkpoints of a column of HUB_NAMES call our parameter `name`: one name, or those of its three parts."""
+    for row in HUB_NAMES:
+        ours, theirs = row[0], row[column]
+        if name.startswith(ours):
+            name = theirs + name[len(ours):]
+        elif name.startswith(("encoder.layer", "blocks.")):  # inside a block
+            name = name.replace(f".{ours}", f".{theirs}")
+    parts = ("query", "key", "value") if column == 1 else ("q", "k", "v")
+    return [name.format(part) for part in parts] if "{}" in name else [name]
 
 
 def save_encoder(encoder, folder, dtype=torch.float32):
-    """Write an Encoder as a DINOv2 checkpoint in the hub's layout, which `load_encoder` and transformers both read."""
+    """Write an Encoder as a checkpoint of its family, which `load_encoder` and transformers' own class both read.
+
+    InternViT is written in the names of transformers' InternVLVisionModel, whichever names it came with.
+    """
     config, folder = encoder.config, Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    family = "internvl_vision" if config.family == "intern_vit_6b" else config.family
+    column, class_name, _, _ = FAMILIES[family]
     hub_config = {
-        "architectures": ["Dinov2Model"], "model_type": "dinov2", "image_size": config.image_size,
+        "architectures": [class_name], "model_type": family, "image_size": config.image_size,
         "patch_size": config.patch_size, "hidden_size": config.width, "num_hidden_layers": config.depth,
-        "num_attention_heads": config.heads, "mlp_ratio": config.mlp_width // config.width, "hidden_act": "gelu",
-        "layer_norm_eps": config.layer_norm_eps, "qkv_bias": True, "use_swiglu_ffn": False, "use_mask_token": False,
+        "num_attention_heads": config.heads, "hidden_act": config.activation, "layer_norm_eps": config.layer_norm_eps,
     }
+    if column == 1:
+        hub_config.update(mlp_ratio=config.mlp_width // config.width, qkv_bias=True, use_swiglu_ffn=False,
+                          use_mask_token=False)
+    else:
+        hub_config.update(intermediate_size=config.mlp_width)
+    if config.registers:
+        hub_config.update(num_register_tokens=config.registers)
+    if family == "siglip_vision_model":
+        hub_config.update(vision_use_head=False)  # the pooling head is no part of Z_I
+    if family == "internvl_vision":
+        hub_config.update(attention_bias=True, use_qk_norm=False, use_mean_pooling=True, norm_type="layer_norm")
     statistics = {"image_processor_type": "BitImageProcessor", "image_mean": config.mean, "image_std": config.std}
     weights = {}
     for name, tensor in encoder.state_dict().items():
-        parts = zip(("query", "key", "value"), tensor.chunk(3)) if "qkv" in name else [("", tensor)]
-        weights.update({hub_name(name).format(part): piece.to(dtype).contiguous() for part, piece in parts})
+        theirs = hub_names(name, column)
+        if column == 2 and name in ("cls_token", "positions"):
+            tensor = tensor[0, 0] if name == "cls_token" else tensor[0]  # (d,), (N, d): they come without a batch
+        weights.update(zip(theirs, (piece.to(dtype).contiguous() for piece in tensor.chunk(len(theirs)))))
     (folder / "config.json").write_text(json.dumps(hub_config, indent=2) + "\n")
     (folder / "preprocessor_config.json").write_text(json.dumps(statistics, indent=2) + "\n")
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
@@ -221,6 +310,22 @@ def read_safetensors(path):
         return load_file(path)
     except (OSError, SafetensorError) as error:
         raise InputError(f"cannot read the weights in {path}: {error}") from None
+
+
+def read_checkpoint(folder):
+    """All tensors of a hub folder by name, from model.safetensors or from the shards that its index names."""
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        return read_safetensors(folder / "model.safetensors")
+    shards = read_json(index).get("weight_map")
+    if not isinstance(shards, dict):
+        raise InputError(f"{index} has no weight_map, which names the file of each tensor")
+    weights = {}
+    for name in sorted(set(shards.values())):
+        if Path(name).name != name:
+            raise InputError(f"{index} names the file {name!r}, which is not in its folder")
+        weights.update(read_safetensors(folder / name))
+    return weights
 
 
 def load_weights(module, weights, path):
@@ -277,7 +382,7 @@ def hub_folder(source):
 
 
 def load_encoder(source):
-    """Load a DINOv2 checkpoint: a folder in the hub's layout (config.json + model.safetensors), or a hub id.
+    """Load a vision encoder of FAMILIES: a folder in the hub's layout or a hub id, alone or inside a larger model.
 
     A folder of a trained VQRAE gives the encoder inside it. Returns an Encoder in eval mode and float32. Raises
     InputError when the source cannot be had or does not fit.
@@ -286,35 +391,51 @@ def load_encoder(source):
     hub = read_json(folder / "config.json")
     if "codebook_dim" in hub:
         return VQRAE.from_pretrained(folder).encoder
-    if hub.get("model_type") != "dinov2" or hub.get("use_swiglu_ffn") or hub.get("hidden_act") != "gelu":
-        kind = hub.get("model_type")
-        raise InputError(f"{folder}/config.json is of type {kind!r}; this loader reads DINOv2 S, B and L")
+    hub = hub.get("vision_config", hub)  # SigLIP and CLIP come with their text half, InternViT with a language model
+    kind = hub.get("model_type")
+    if kind not in FAMILIES:
+        raise InputError(f"{folder}/config.json is of type {kind!r}; this loader reads {', '.join(FAMILIES)}")
+    column, _, defaults, traits = FAMILIES[kind]
+    hub = {**defaults, **hub}
+    if (hub.get("use_swiglu_ffn") or hub.get("use_qk_norm") or hub.get("qk_normalization")
+            or hub.get("norm_type") == "rms_norm" or hub.get("hidden_act") not in ACTIVATIONS):
+        raise InputError(f"{folder}/config.json asks for SwiGLU, q/k norms, RMSNorm or an activation other than "
+                         f"{', '.join(ACTIVATIONS)}, as the largest models of these families have; none of it is here")
     statistics = folder / "preprocessor_config.json"
     statistics = read_json(statistics) if statistics.exists() else {}
     try:
+        sides = [hub[name][0] if isinstance(hub[name], list) else hub[name] for name in ("image_size", "patch_size")]
         config = ViTConfig(
-            image_size=hub["image_size"],
-            patch_size=hub["patch_size"],
+            image_size=sides[0],
+            patch_size=sides[1],
             width=hub["hidden_size"],
             depth=hub["num_hidden_layers"],
             heads=hub["num_attention_heads"],
-            mlp_width=int(hub["hidden_size"] * hub["mlp_ratio"]),
-            layer_norm_eps=hub["layer_norm_eps"],
-            mean=tuple(statistics.get("image_mean", ViTConfig.mean)),
-            std=tuple(statistics.get("image_std", ViTConfig.std)),
-        )
+            mlp_width=hub.get("intermediate_size") or int(hub["hidden_size"] * hub["mlp_ratio"]),
+            **{**traits, "family": kind, "activation": hub["hidden_act"], "layer_norm_eps": hub["layer_norm_eps"],
+               "registers": hub.get("num_register_tokens", 0) if kind == "dinov2_with_registers" else 0,
+               "mean": tuple(statistics.get("image_mean") or traits.get("mean", ViTConfig.mean)),
+               "std": tuple(statistics.get("image_std") or traits.get("std", ViTConfig.std))})
     except KeyError as error:
         raise InputError(f"{folder}/config.json lacks {error}") from None
     encoder = Encoder(config)
-    theirs = read_safetensors(folder / "model.safetensors")
+    # Inside a larger model the encoder's names have a prefix, and so has everything else another one.
+    theirs = {re.sub(r"^(model\.)?((vision_model|vision_tower)\.)*", "", name): tensor
+              for name, tensor in read_checkpoint(folder).items()}
+    if column == 1:  # recent versions of transformers have other names for DINOv2 in memory; someone may have kept them
+        for new, old in (("q_proj", "attention.query"), ("k_proj", "attention.key"), ("v_proj", "attention.value"),
+                         ("o_proj", "output.dense")):
+            theirs = {name.replace(f"attention.{new}", f"attention.{old}"): tensor for name, tensor in theirs.items()}
     weights = {}
-    for name in encoder.state_dict():
-        parts = [hub_name(name).format(part) for part in (("query", "key", "value") if "qkv" in name else ("",))]
-        missing = [part for part in parts if part not in theirs]
+    for name, ours in encoder.state_dict().items():
+        names = hub_names(name, column)
+        missing = [part for part in names if part not in theirs]
         if missing:
-            raise InputError(f"{folder}/model.safetensors has no tensor {missing[0]!r}")
-        weights[name] = torch.cat([theirs[part].float() for part in parts])
-    load_weights(encoder, weights, folder / "model.safetensors")
+            raise InputError(f"the weights in {folder} have no tensor {missing[0]!r}")
+        weights[name] = torch.cat([theirs[part].float() for part in names])
+        if name in ("cls_token", "positions") and weights[name].numel() == ours.numel():
+            weights[name] = weights[name].reshape(ours.shape)  # some families store them without the batch dimension
+    load_weights(encoder, weights, folder)
     return encoder.eval()
 
 
@@ -1134,9 +1255,7 @@ def load_qwen3(source, codebook_size, image_tokens=0):
     except KeyError as error:
         raise InputError(f"{folder}/config.json lacks {error}") from None
     model = VisualLM(config)
-    weights, files = {}, sorted(folder.glob("*.safetensors"))
-    for path in files:
-        weights.update(read_safetensors(path))
+    weights = read_checkpoint(folder)
     ours = {name: weights[qwen3_name(name)].float() for name in model.state_dict() if qwen3_name(name) in weights}
     if "embedding.weight" in ours:
         codes = model.embedding.weight.detach()[config.text_vocabulary:]
@@ -1476,22 +1595,33 @@ def image_codes(model, images, folder, batch_size=64, device="cpu", workers=0):
     They are kept in `folder`, in a file that is named after everything they depend on: model and images. So a change
     of either makes them anew, and a stale file is never read.
     """
+    path = Path(folder) / f"{codes_digest(model, images)[:32]}.safetensors"
+    if not path.exists():
+        write_codes(path, model, images, range(len(images)), batch_size, device, workers)
+    saved = read_safetensors(path)
+    return saved["codes"].long(), saved["places"]
+
+
+def codes_digest(model, images):
+    """SHA-256 of everything that the codes of an ImageSet depend on: model and images."""
     digest = hashlib.sha256(json.dumps(asdict(model.config)).encode() + images.fingerprint().encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
-    path = Path(folder) / f"{digest.hexdigest()[:32]}.safetensors"
-    if not path.exists():
-        codes, kept, asked = [], [], 0
-        for batch, places in images.batches(range(len(images)), batch_size, workers, indices=True):
-            own = [i for i, place in enumerate(places) if place == asked + i]  # no stand-in for an unreadable file
-            codes.append(model.encode(batch.to(device).float() / 255)[1].cpu()[own].int())
-            kept += [places[i] for i in own]
-            asked += len(places)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({"codes": torch.cat(codes), "places": torch.tensor(kept)}, path.with_suffix(".tmp"))
-        path.with_suffix(".tmp").replace(path)
-    saved = read_safetensors(path)
-    return saved["codes"].long(), saved["places"]
+    return digest.hexdigest()
+
+
+@torch.no_grad()
+def write_codes(path, model, images, keys, batch_size=64, device="cpu", workers=0):
+    """Write the codes (n, N) int32 of some images and their places (n,) in the set, without unreadable ones."""
+    codes, kept, asked = [], [], 0
+    for batch, places in images.batches(keys, batch_size, workers, indices=True):
+        own = [i for i, place in enumerate(places) if place == keys[asked + i]]  # no stand-in for an unreadable file
+        codes.append(model.encode(batch.to(device).float() / 255)[1].cpu()[own].int())
+        kept += [places[i] for i in own]
+        asked += len(places)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({"codes": torch.cat(codes), "places": torch.tensor(kept)}, path.with_suffix(".tmp"))
+    path.with_suffix(".tmp").replace(path)
 
 
 @torch.no_grad()
@@ -1726,6 +1856,7 @@ class CommonConfig:
     data: str = setting("folder of images, flat or one folder per class")
     steps: int = setting("training steps")
     batch_size: int = setting("images a step")
+    accumulate: int = setting("parts that a step's images are taken in, one after the other, for want of memory")
     learning_rate: float = setting("at its highest, after the warm-up; of all that has no rate of its own")
     end_factor: float = setting("what is left of each learning rate at the end of its cosine", zero=True, most=1)
     warmup_steps: int = setting("steps over which learning rates rise")
@@ -1740,7 +1871,7 @@ class CommonConfig:
 class TrainingConfig(CommonConfig):
     """Settings of stage 1 or 2, Table 7's rows among them."""
 
-    encoder: str = setting("DINOv2 checkpoint: a folder in the hub's layout or a hub id; or a folder of a VQRAE")
+    encoder: str = setting("vision encoder: a folder in the hub's layout, a hub id, or a folder of a VQRAE")
     image_size: int = setting("side of the training images in pixels")
     output_patch_size: int | None = setting("q, side of a token's patch of output (default: the encoder's p)")
     quantizer: str = setting("simvq: the paper's; vq: plain; none: continuous", choices=list(QUANTIZERS))
@@ -1819,6 +1950,7 @@ TINY = TrainingConfig(
     discriminator_width=32,
     steps=1500,
     batch_size=16,
+    accumulate=1,
     learning_rate=2e-3,
     encoder_learning_rate=0.0,
     discriminator_learning_rate=0.0,
@@ -1831,7 +1963,38 @@ TINY = TrainingConfig(
 
 # A Qwen3 of two CPU cores' size. `adam_epsilon` is Table 9's.
 TINY_LM = dict(qwen3=None, text_vocabulary=1024, width=256, depth=6, heads=4, kv_heads=2, head_width=64, mlp_width=768,
-               data=TINY.data, max_grad_norm=1.0, warmup_steps=100, end_factor=0.01, adam_epsilon=1e-15)
+               data=TINY.data, accumulate=1, max_grad_norm=1.0, warmup_steps=100, end_factor=0.01, adam_epsilon=1e-15)
+
+# Table 7, with the decisions of the README where it is silent. The start of the codebook is such a decision.
+PAPER_1 = replace(
+    TINY,
+    data=str(ROOT / "data/photos"),
+    encoder="google/siglip2-so400m-patch16-256",
+    image_size=256,
+    codebook_size=16384,
+    codebook_dim=1536,
+    perceptual="lpips-convnext",
+    discriminator_width=128,
+    steps=100_000,
+    batch_size=1024,
+    learning_rate=4e-4,
+    end_factor=0.25,
+    warmup_steps=2000,
+)
+PAPER_2 = replace(
+    PAPER_1,
+    distillation_weight=1.0,
+    adversarial_weight=0.1,
+    discriminator_start=50_000,
+    steps=70_000,
+    learning_rate=1e-4,
+    encoder_learning_rate=1e-5,
+    discriminator_learning_rate=4e-5,
+    end_factor=0.1,
+)
+SIGLIP2_512 = {"encoder": "google/siglip2-so400m-patch16-512", "image_size": 512}
+INTERNVIT = {"encoder": "OpenGVLab/InternViT-300M-448px", "image_size": 448, "batch_size": 768}
+DINOV2_S = {"encoder": "facebook/dinov2-small", "image_size": 224, "codebook_dim": 512}
 
 PRESETS = {
     # Made for two CPU cores and a few minutes, with nothing to download.
@@ -1847,6 +2010,12 @@ PRESETS = {
             **TINY_LM, encoder=TINY.encoder, image_size=TINY.image_size, steps=1500, batch_size=32,
             learning_rate=1e-3, weight_decay=0.0, ema_decay=0.998),
     },
+    # The paper's encoders, and a small one. Their global batch is for many GPUs; --accumulate makes it fit fewer.
+    "siglip2-256": {"1": PAPER_1, "2": PAPER_2},
+    "siglip2-512": {"1": replace(PAPER_1, **SIGLIP2_512), "2": replace(PAPER_2, **SIGLIP2_512)},
+    "internvit-448": {"1": replace(PAPER_1, **INTERNVIT, steps=45_000),
+                      "2": replace(PAPER_2, **INTERNVIT, steps=60_000, discriminator_start=30_000)},
+    "dinov2-s": {"1": replace(PAPER_1, **DINOV2_S), "2": replace(PAPER_2, **DINOV2_S)},
     # The paper's language model, with Table 9's settings; steps it does not say. Needs a GPU.
     "qwen3-0.6b": {
         "ar": GenerationConfig(
