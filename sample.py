@@ -447,9 +447,10 @@ def parse_args(argv=None):
             sub.add_argument("--count", type=number(int), help="pictures of each caption (default: 4; 16 of none)"
                              if command is generate else of + "captions of each split (default: all held-out, as many "
                              "training ones)")
-            sub.add_argument("--cfg-scale", type=number(float, zero=True), default=2.0,
+            sub.add_argument("--cfg-scale", type=number(float, zero=True),
+                             default=vqrae.SAMPLING["cfg_scale"],
                              help=of + "classifier-free guidance: how much the caption counts; 1: as trained")
-            sub.add_argument("--temperature", type=number(float, zero=True), default=1.0,
+            sub.add_argument("--temperature", type=number(float, zero=True), default=vqrae.SAMPLING["temperature"],
                              help=of + "below 1 likely codes get likelier; 0: always the likeliest")
             sub.add_argument("--top-k", type=number(int, zero=True), default=0, help=of + "the K likeliest; 0: all")
             sub.add_argument("--top-p", type=number(float, most=1), default=1.0,

@@ -331,8 +331,7 @@ def test_an_encoder_is_found_beside_its_text_half(whole, tmp_path):
     encoder = vqrae.load_encoder(tmp_path)
     with torch.no_grad():
         expected = model.vision_model((images - encoder.mean) / encoder.std).last_hidden_state
-    torch.testing.assert_close(encoder(images), expected[:, 25 - expected.shape[1] or None:][:, -25:],
-                               rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(encoder(images), expected[:, -25:], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("inside", [False, True])
@@ -1209,7 +1208,8 @@ def test_the_encoder_learns_from_pixels_through_the_straight_through_and_from_th
 def test_a_batch_in_parts_gives_the_gradient_of_the_whole(second_stage):
     gradients = []
     for parts in ("1", "2", "4"):
-        run = make_run(second_stage + ["--accumulate", parts, "--max-grad-norm", "1e9", "--perceptual", "none"])
+        run = make_run(second_stage + ["--accumulate", parts, "--max-grad-norm", "1e9", "--perceptual", "none",
+                                        "--precision", "fp32"])
         take_steps(run, 1)
         gradients.append(torch.cat([p.grad.flatten() for p in run.trained if p.grad is not None]))
     for gradient in gradients[1:]:

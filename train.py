@@ -529,7 +529,8 @@ class GenerationRun(Run):
         pairs = []
         for split, codes in self.codes.items():
             chosen = [i * len(codes) // 21 for i in range(min(21, len(codes)))]
-            written = self.average.generate([vqrae.caption_of(self.records[split][i]) for i in chosen])
+            captions = [vqrae.caption_of(self.records[split][i]) for i in chosen]
+            written = self.average.generate(captions, **vqrae.SAMPLING)
             pairs += zip(*(self.tokenizer.decode(some.to(self.device)) for some in (codes[chosen], written)))
         vqrae.save_side_by_side(list(zip(*pairs)), self.args.out / "samples.png", columns=7, side=64)
         return "samples.png (the tokenizer's left, written right; three rows of training, three of held-out captions)"
