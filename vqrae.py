@@ -73,9 +73,9 @@ def attend(q, k, v, visible=None):
     keys a query may see; without it, all of them.
     """
     B, heads, n, h = q.shape
-    if q.device.type != "cpu" or n > 512:
+    if q.device.type != "cpu" or n > 512 or n == 1:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, enable_gqa=heads != k.shape[1])
-    # For short sequences on a CPU, torch's fused kernel and above all its backward is slower than these two products.
+    # For a few hundred queries on a CPU, torch's fused kernel and above all its backward is slower than two products.
     q = (q * h**-0.5).reshape(B, k.shape[1], -1, h)  # (B, kv_heads, heads/kv_heads * n, h): sharing is stacking
     scores = (q @ k.transpose(-2, -1)).float().view(B, k.shape[1], -1, n, k.shape[2])  # (B, kv_heads, sharing, n, m)
     if visible is not None:
@@ -1013,14 +1013,16 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
 
     def forward(self, x):
-        y = x.float()
-        return self.weight * (y * (y.pow(2).mean(-1, keepdim=True) + self.eps).rsqrt()).to(x.dtype)
+        return self.weight * F.rms_norm(x.float(), self.weight.shape, eps=self.eps).to(x.dtype)
 
 
-def rotate(x, angle):
-    """Rotary positions: x (..., n, h), its channel j turned with channel j + h/2 by angle (n, h/2)."""
-    a, b = x.float().chunk(2, dim=-1)  # (..., n, h/2) each
-    return torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], dim=-1).to(x.dtype)
+def rotate(x, turn):
+    """Rotary positions: x (..., n, h), its channel j turned with channel j + h/2 by an angle.
+
+    turn (2, n, h): the cosines of the angles, twice each, and their sines, first negative and then positive.
+    """
+    y = x.float()
+    return (y * turn[0] + y.roll(y.shape[-1] // 2, dims=-1) * turn[1]).to(x.dtype)
 
 
 class KeyValueCache:
@@ -1053,11 +1055,11 @@ class CausalAttention(nn.Module):
         self.out = nn.Linear(config.heads * h, d, bias=False)
         self.q_norm, self.k_norm = RMSNorm(h, config.norm_eps), RMSNorm(h, config.norm_eps)
 
-    def forward(self, x, angle, visible, cache=None, layer=0):
+    def forward(self, x, turn, visible, cache=None, layer=0):
         B, n, _ = x.shape
         h = self.config.head_width
-        q = rotate(self.q_norm(self.q(x).view(B, n, -1, h)).transpose(1, 2), angle)  # (B, heads, n, h)
-        k = rotate(self.k_norm(self.k(x).view(B, n, -1, h)).transpose(1, 2), angle)  # (B, kv_heads, n, h)
+        q = rotate(self.q_norm(self.q(x).view(B, n, -1, h)).transpose(1, 2), turn)  # (B, heads, n, h)
+        k = rotate(self.k_norm(self.k(x).view(B, n, -1, h)).transpose(1, 2), turn)  # (B, kv_heads, n, h)
         v = self.v(x).view(B, n, -1, h).transpose(1, 2)  # (B, kv_heads, n, h)
         if cache is not None:
             k, v = cache.extend(layer, k, v)  # (B, kv_heads, m, h), m = tokens so far
@@ -1107,14 +1109,16 @@ class VisualLM(nn.Module):
         h = self.config.head_width
         frequency = self.config.rope_theta ** -(torch.arange(0, h, 2, device=x.device).float() / h)  # (h/2,)
         position = torch.arange(done, done + n, device=x.device)  # (n,)
-        angle = position[:, None] * frequency  # (n, h/2)
+        angle = (position[:, None] * frequency).repeat(1, 2)  # (n, h)
+        half = torch.ones(h, device=x.device).index_fill_(0, torch.arange(h // 2, device=x.device), -1.0)  # (h,)
+        turn = torch.stack([angle.cos(), angle.sin() * half])  # (2, n, h)
         past = torch.arange(done + n, device=x.device)  # (m,)
         visible = (past <= position[:, None])[None, None]  # (1, 1, n, m)
         if first is not None:
             visible = visible & (past >= first[:, None])[:, None, None]  # (B, 1, n, m)
             visible = visible | (past == position[:, None])  # padding sees itself: a softmax of nothing is no number
         for layer, block in enumerate(self.blocks):
-            x = block(x, angle, visible, cache, layer)  # (B, n, d)
+            x = block(x, turn, visible, cache, layer)  # (B, n, d)
         if cache is not None:
             cache.length += n
         return self.norm(x)
@@ -1158,7 +1162,7 @@ class VisualLM(nn.Module):
         return self.extend(prompts, self.config.image_tokens, self.prompt(""), cfg_scale, temperature, top_k, top_p,
                            torch.Generator().manual_seed(seed), progress)
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def extend(self, prompts, count, without=None, cfg_scale=1.0, temperature=1.0, top_k=0, top_p=1.0, generator=None,
                progress=iter):
         """Continue every prompt, a list of token ids, by `count` visual tokens -> codes (B, count) in [0, K).
@@ -2011,7 +2015,7 @@ PRESETS = {
         "2": replace(TINY, distillation_weight=1.0, adversarial_weight=0.02, discriminator_start=1400, steps=2000,
                      learning_rate=1e-3, encoder_learning_rate=1e-3, discriminator_learning_rate=4e-4),
         "ar": GenerationConfig(
-            **TINY_LM, tokenizer="out/stage2", caption_dropout=0.1, style_dropout=0.2, code_noise=0.3, steps=4500,
+            **TINY_LM, tokenizer="out/stage2", caption_dropout=0.1, style_dropout=0.2, code_noise=0.3, steps=4800,
             batch_size=32, learning_rate=4e-3, weight_decay=0.0, ema_decay=0.998),
         "caption": CaptionConfig(
             **TINY_LM, encoder=TINY.encoder, image_size=TINY.image_size, steps=1500, batch_size=32,
