@@ -38,6 +38,21 @@ def load_tokenizer(args, device):
     return model
 
 
+def read_files(args, device):
+    """Yield the path and the image (1, 3, H, W) in [0, 1] of every readable file; InputError if there is none."""
+    readable = False
+    for path in args.images:
+        try:
+            image = vqrae.ImageSet.prepare(vqrae.read_image(path), args.image_size)
+        except InputError as error:
+            print(f"skipped: {error}", file=sys.stderr)
+            continue
+        readable = True
+        yield path, image[None].to(device).float() / 255
+    if not readable:
+        raise InputError("none of the given files could be read as an image")
+
+
 @torch.no_grad()
 def reconstruct(args, device):
     """Write NAME.png for every image file: the original, then what the model makes of it, and any model --beside it.
@@ -53,13 +68,7 @@ def reconstruct(args, device):
         print(f"{args.out}/reconstructions.png")
         return
     written = set()
-    for path in args.images:
-        try:
-            source = vqrae.ImageSet.prepare(vqrae.read_image(path), args.image_size)
-        except InputError as error:
-            print(f"skipped: {error}", file=sys.stderr)
-            continue
-        images = source[None].to(device).float() / 255  # (1, 3, H, W)
+    for path, images in read_files(args, device):
         outputs = [model(images).reconstruction for model in models]
         name = path.stem
         while name in written:  # a/cat.png and b/cat.png must not share one picture
@@ -68,8 +77,6 @@ def reconstruct(args, device):
         vqrae.save_side_by_side([images, *outputs], args.out / f"{name}.png", columns=1, side=max(256, args.image_size))
         scores = [vqrae.psnr(vqrae.resize_to(images, y), vqrae.eight_bits(y)).item() for y in outputs]
         print(f"{args.out / name}.png: PSNR {', '.join(f'{score:.2f}' for score in scores)} dB")
-    if not written:
-        raise InputError("none of the given files could be read as an image")
 
 
 def lpips_distance(device):
@@ -209,17 +216,8 @@ def caption(args, device):
     captioner = load_captioner(args, device)
     for source in args.encoder:
         swap_encoder(captioner, source, device)
-    written = 0
-    for path in args.images:
-        try:
-            image = vqrae.ImageSet.prepare(vqrae.read_image(path), args.image_size)
-        except InputError as error:
-            print(f"skipped: {error}", file=sys.stderr)
-            continue
-        print(f"{path}: {captioner.caption(image[None].to(device).float() / 255)[0]}")
-        written += 1
-    if not written:
-        raise InputError("none of the given files could be read as an image")
+    for path, image in read_files(args, device):
+        print(f"{path}: {captioner.caption(image)[0]}")
 
 
 def load_generator(args, device):
@@ -434,7 +432,8 @@ def parse_args(argv=None):
                              help="another model to show beside; may be given more than once")
         if command in (evaluate, caption):
             sub.add_argument("--encoder", action="append", default=[], metavar="MODEL",
-                             help="of a captioner: an encoder, or a VQRAE with one, to read in place of its own")
+                             help="of a captioner: an encoder, or a VQRAE with one, to read in place of its own; evaluate "
+                             "takes more than one")
         if command is evaluate:
             sub.add_argument("--frechet-encoder", default=str(vqrae.ROOT / "data/tiny_vit"),
                              help="whose mean patch features the Frechet distance compares; it is named after it")

@@ -235,6 +235,11 @@ class Run:
         self.window = {}
         return line
 
+    def show(self, line):
+        """What the progress bar says of a log line, and what a sentence of its own says of an evaluation."""
+        return (dict(loss=f"{line['loss']:.3f}"),
+                f"held-out loss {line['val_loss']:.3f} nats a token" if "val_loss" in line else "")
+
     # --- checkpoints: one file, replaced in one step ---
 
     @property
@@ -411,7 +416,6 @@ class TokenizerRun(Run):
         return line
 
     def show(self, line):
-        """What the progress bar says of a log line, and what a sentence of its own says of an evaluation."""
         codes = (f", {line['val_utilization']:.1%} of codes used and perplexity {line['val_perplexity']:.0f} over "
                  f"{line['val_tokens']:,} tokens" if "val_tokens" in line else "")
         return (dict(loss=f"{line['loss']:.3f}", psnr=f"{line['train_psnr']:.1f}",
@@ -503,11 +507,6 @@ class GenerationRun(Run):
 
         self.descend(losses)
 
-    def show(self, line):
-        """What the progress bar says of a log line, and what a sentence of its own says of an evaluation."""
-        return (dict(loss=f"{line['loss']:.3f}"),
-                f"held-out loss {line['val_loss']:.3f} nats a code" if "val_loss" in line else "")
-
     @torch.no_grad()
     def summary(self):
         """The averaged model's loss on the held-out images, all captions in full."""
@@ -573,11 +572,6 @@ class CaptionRun(Run):
                 return self.loss(self.forward, self.train_images, images[part], places[part]), {}
 
         self.descend(losses)
-
-    def show(self, line):
-        """What the progress bar says of a log line, and what a sentence of its own says of an evaluation."""
-        return (dict(loss=f"{line['loss']:.3f}"),
-                f"held-out loss {line['val_loss']:.3f} nats a token" if "val_loss" in line else "")
 
     @torch.no_grad()
     def evaluate(self):
