@@ -432,8 +432,9 @@ def parse_args(argv=None):
                              help="another model to show beside; may be given more than once")
         if command in (evaluate, caption):
             sub.add_argument("--encoder", action="append", default=[], metavar="MODEL",
-                             help="of a captioner: an encoder, or a VQRAE with one, to read in place of its own; evaluate "
-                             "takes more than one")
+                             
+                             help="of a captioner: an encoder, or a VQRAE with one, to read in place of its own; "
+                             "evaluate takes more than one")
         if command is evaluate:
             sub.add_argument("--frechet-encoder", default=str(vqrae.ROOT / "data/tiny_vit"),
                              help="whose mean patch features the Frechet distance compares; it is named after it")

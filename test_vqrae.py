@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 import urllib.error
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -875,8 +876,6 @@ def test_evaluation_takes_the_centre_and_training_a_random_window_and_flip():
 
 @given(st.integers(1, 30), seeds, st.integers(0, 100))
 def test_a_resumed_order_is_the_rest_of_the_order_and_an_epoch_shows_every_image_once(count, seed, start):
-    from itertools import islice
-
     whole = list(islice(vqrae.TrainingOrder(count, seed, 0), start + 2 * count))
     assert list(islice(vqrae.TrainingOrder(count, seed, start), 2 * count)) == whole[start:]
     assert sorted(index for index, _ in whole[:count]) == list(range(count))
@@ -1309,6 +1308,42 @@ def test_stage_2_resumes_bit_identical_discriminator_included(second_stage, tmp_
     states = [torch.load(tmp_path / folder / "checkpoint/state.pt", weights_only=True) for folder in ("run", "parts")]
     for name, tensor in states[0]["discriminator"].items():
         assert torch.equal(tensor, states[1]["discriminator"][name]), name
+
+
+def torchrun(*arguments, ranks=2):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    return subprocess.run(command + [str(argument) for argument in arguments], cwd=ROOT, capture_output=True, text=True,
+                          timeout=240)
+
+
+@pytest.mark.parametrize("stage", ["stage 1", "stage 2", "ar", "caption"])
+def test_two_ranks_log_what_one_process_logs(stage, request, tmp_path):
+    fixture = {"stage 1": "short_run", "stage 2": "second_stage", "ar": "ar_run", "caption": "caption_run"}[stage]
+    arguments = request.getfixturevalue(fixture) + ["--precision", "fp32"]
+    train.main(arguments)
+    result = torchrun("train.py", *arguments, "--out", tmp_path / "ranks")
+    assert result.returncode == 0, result.stderr
+    one, two = ([json.loads(line) for line in (tmp_path / folder / "metrics.jsonl").read_text().splitlines()]
+                for folder in ("run", "ranks"))
+    assert len(one) == len(two) == 3
+    for a, b in zip(one, two):
+        assert a.keys() == b.keys()
+        for name in a:
+            # LeCam's penalty is of the mean verdict of a batch, so halves of it are not punished quite like the whole.
+            if name != "images_per_second" and "discriminator" not in name:
+                assert b[name] == pytest.approx(a[name], rel=1e-4 if "perplexity" in name else 1e-5, abs=1e-5), name
+
+
+def test_a_batch_that_cannot_be_shared_out_is_a_sentence_from_a_process_that_fails(short_run):
+    result = torchrun("train.py", *short_run, "--batch-size", "3")
+    assert result.returncode != 0 and "--batch-size 3 cannot be shared out evenly to 2 processes" in result.stderr
+
+
+@given(count=st.integers(1, 9), seed=seeds, ranks=st.integers(1, 4), start=st.integers(0, 5))
+def test_ranks_share_out_the_images_without_overlap(count, seed, ranks, start):
+    whole = list(islice(vqrae.TrainingOrder(count, seed, start * ranks), 3 * ranks))
+    shares = [list(islice(vqrae.TrainingOrder(count, seed, start * ranks, rank, ranks), 3)) for rank in range(ranks)]
+    assert [key for keys in zip(*shares) for key in keys] == whole
 
 
 @pytest.mark.parametrize("extra, sentence", [

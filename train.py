@@ -7,6 +7,7 @@
     python train.py --stage ar --tokenizer out/stage2    # a transformer that writes images, code by code, from text
     python train.py --stage caption                # one that reads the encoder's features and writes captions
     python train.py --ablate codebook              # Table 5 in small; --ablate strategy: Table 6
+    torchrun --nproc-per-node 8 train.py --stage 1 ...   # many GPUs: the batch is shared out, the result is the same
 
 Leaves in --out: config.json + model.safetensors (averaged weights, what sample.py reads), metrics.jsonl, summary.json,
 curves.png, reconstructions.png or samples.png, and checkpoint/ (what --resume needs).
@@ -23,9 +24,11 @@ import sys
 import time
 from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
+from datetime import timedelta
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from tqdm import tqdm
 
@@ -105,6 +108,8 @@ def choose_device(name):
     """The torch device for --device; auto takes the fastest that is there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda" and "LOCAL_RANK" in os.environ:  # torchrun starts a process for every GPU
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         torch.zeros(1, device=name)
         return torch.device(name)
@@ -135,6 +140,9 @@ class Run:
         self.args, self.config = args, config
         self.device = choose_device(args.device)
         self.bf16 = args.precision == "bf16" or args.precision == "auto" and multiplies_bf16(self.device)
+        self.rank, self.ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        if config.batch_size % self.ranks:
+            raise InputError(f"--batch-size {config.batch_size} cannot be shared out evenly to {self.ranks} processes")
         torch.manual_seed(args.seed)
         self.done, self.seconds, self.window = 0, 0.0, {}
 
@@ -144,6 +152,31 @@ class Run:
         self.val_images = vqrae.ImageSet(self.config.data, "val", size)
         workers = 0 if self.train_images.from_sheets else min(4, os.cpu_count() or 1)
         self.workers = workers if self.args.workers is None else self.args.workers
+
+    def order(self):
+        """The keys of the training images from here on that are this rank's."""
+        return vqrae.TrainingOrder(len(self.train_images), self.args.seed, self.done * self.config.batch_size,
+                                   self.rank, self.ranks)
+
+    def over_ranks(self, tensors, operation="mean"):
+        """Replace every tensor by its "mean", "sum" or "max" over all ranks; alone there is nothing to do."""
+        if self.ranks > 1 and tensors:
+            flat = torch.cat([tensor.detach().flatten() for tensor in tensors])
+            try:
+                dist.all_reduce(flat, dist.ReduceOp.MAX if operation == "max" else dist.ReduceOp.SUM)
+            except RuntimeError as error:  # torch has no type of its own for this
+                raise InputError(f"rank {self.rank} of {self.ranks} has lost another rank at step {self.done} "
+                                 f"({str(error).splitlines()[0]}); --resume goes on from the last checkpoint") from None
+            flat = flat / self.ranks if operation == "mean" else flat
+            with torch.no_grad():
+                for tensor, piece in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
+                    tensor.copy_(piece.view_as(tensor))
+
+    def any_rank(self, condition):
+        """Whether the condition holds on any rank: all must leave the loop together."""
+        flag = torch.tensor(float(bool(condition)), device=self.device)
+        self.over_ranks([flag], "max")
+        return bool(flag)
 
     def set_up(self, model, forward):
         """Take a model on the device, and `forward`, the part of it that a step calls."""
@@ -197,7 +230,7 @@ class Run:
         trained, terms = [("grad_norm", self.trained, self.optimizer, 0), *others], {}
         for _, _, optimizer, _ in trained:
             optimizer.zero_grad()
-        size = self.config.batch_size
+        size = self.config.batch_size // self.ranks
         length = -(-size // self.config.accumulate)
         for begin in range(0, size, length):
             loss, more = losses(slice(begin, begin + length))
@@ -206,6 +239,9 @@ class Run:
             for name, value in {"loss": loss, **more}.items():
                 terms[name] = terms.get(name, 0.0) + share * value.detach()
         for name, parameters, _, _ in trained:
+            # Explicitly, not by DistributedDataParallel, which does it only for what passes its own forward, and here
+            # losses of features, of two networks and of parts of a batch all have gradients.
+            self.over_ranks([p.grad for p in parameters if p.grad is not None])
             terms[name] = nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm)
         if not torch.isfinite(torch.stack(list(terms.values()))).all():
             bad = ", ".join(f"{name} {value.item():.4g}" for name, value in terms.items())
@@ -230,7 +266,9 @@ class Run:
 
     def log(self, images_per_second):
         """The means since the last log line, as one object of metrics.jsonl."""
-        line = {"step": self.done, **{name: total.item() / count for name, (total, count) in self.window.items()},
+        means = [total.float() / count for total, count in self.window.values()]
+        self.over_ranks(means)
+        line = {"step": self.done, **{name: mean.item() for name, mean in zip(self.window, means)},
                 "lr": self.optimizer.param_groups[0]["lr"], "images_per_second": images_per_second}
         self.window = {}
         return line
@@ -373,8 +411,7 @@ class TokenizerRun(Run):
         self.average.load_state_dict(self.model.state_dict())
 
     def batches(self):
-        keys = vqrae.TrainingOrder(len(self.train_images), self.args.seed, self.done * self.config.batch_size)
-        return self.train_images.batches(keys, self.config.batch_size, self.workers)
+        return self.train_images.batches(self.order(), self.config.batch_size // self.ranks, self.workers)
 
     def step(self, batch):
         """One update on a batch of uint8 images."""
@@ -407,11 +444,14 @@ class TokenizerRun(Run):
         others = [("discriminator_grad_norm", list(self.discriminator.parameters()), self.discriminator_optimizer,
                    config.discriminator_start)] if adversarial else []
         self.descend(losses, *others)
+        if adversarial:
+            self.over_ranks([self.discriminator.real_average, self.discriminator.fake_average])
 
     def log(self, images_per_second):
         counts, _ = self.window.pop("code_counts", (None, 0))
         line = super().log(images_per_second)
         if counts is not None:
+            self.over_ranks([counts], "sum")
             line["train_utilization"], line["train_perplexity"] = vqrae.codebook_usage(counts)
         return line
 
@@ -462,8 +502,12 @@ class GenerationRun(Run):
         self.read_images(self.tokenizer.config.image_size)
         self.codes, self.records = {}, {}
         for split, images in (("train", self.train_images), ("val", self.val_images)):
+            if self.rank > 0:
+                dist.barrier()  # the first rank makes them, the others read them
             self.codes[split], places = vqrae.image_codes(self.tokenizer, images, args.out / "codes", 64, self.device,
                                                           self.workers)
+            if self.rank == 0 and self.ranks > 1:
+                dist.barrier()
             self.records[split] = [images.records[place] for place in places.tolist()]
         self.digest = hashlib.sha256(self.codes["train"].numpy().tobytes() + self.codes["val"].numpy().tobytes())
         self.tokens_per_image = self.codes["train"].shape[1]
@@ -481,9 +525,11 @@ class GenerationRun(Run):
 
     def start(self):
         """Keep a copy of the tokenizer with the model, for codes mean nothing without it."""
-        self.tokenizer.save_pretrained(self.args.out / "vqrae")
+        if self.rank == 0:
+            self.tokenizer.save_pretrained(self.args.out / "vqrae")
 
     def batches(self):
+        # Every rank knows all of a batch, and takes its share when all is drawn.
         keys = iter(vqrae.TrainingOrder(len(self.codes["train"]), self.args.seed, self.done * self.config.batch_size))
         while True:
             yield [next(keys)[0] for _ in range(self.config.batch_size)]
@@ -498,6 +544,7 @@ class GenerationRun(Run):
         prompts = [self.model.prompt(caption) for caption in captions]
         codes = self.codes["train"][indices]  # (B, N)
         misread = vqrae.misread(codes, config.code_noise, generator)  # (B, N)
+        prompts, codes, misread = (all_of_them[self.rank::self.ranks] for all_of_them in (prompts, codes, misread))
 
         def losses(part):
             tokens, first = self.model.pack(prompts[part], codes[part])
@@ -556,8 +603,7 @@ class CaptionRun(Run):
         self.tokens_per_image = (config.image_size // encoder.config.patch_size) ** 2
 
     def batches(self):
-        keys = vqrae.TrainingOrder(len(self.train_images), self.args.seed, self.done * self.config.batch_size)
-        return self.train_images.batches(keys, self.config.batch_size, self.workers, indices=True)
+        return self.train_images.batches(self.order(), self.config.batch_size // self.ranks, self.workers, indices=True)
 
     def loss(self, forward, images, batch, places):
         captions = [vqrae.text_of(images.records[place]) for place in places]
@@ -667,30 +713,35 @@ def draw_curves(lines, path):
 
 def train(run):
     """The loop: steps, log lines, evaluations, checkpoints; then the final figures and pictures."""
-    args, config = run.args, run.config
+    args, config, first = run.args, run.config, run.rank == 0  # the first of all ranks writes and speaks
     args.out.mkdir(parents=True, exist_ok=True)
     begin = time.time()
     if args.resume and run.checkpoint.exists():
         run.load()
-        print(f"continuing {args.out} at step {run.done}")
+        if first:
+            print(f"continuing {args.out} at step {run.done}")
     elif run.checkpoint.exists() and not args.overwrite:
         raise InputError(f"{args.out} already holds a run: --resume continues it, --overwrite replaces it, and another "
                          "--out leaves it alone")
     else:
-        if args.resume:
+        if args.resume and first:
             print(f"no checkpoint in {args.out} yet, starting at step 0")
-        run.checkpoint.unlink(missing_ok=True)
+        if run.ranks > 1:
+            dist.barrier()  # all have seen what there is
+        if first:
+            run.checkpoint.unlink(missing_ok=True)
         run.start()
     earlier, metrics = run.seconds, args.out / "metrics.jsonl"
     lines = read_log(metrics, run.done)
-    replace_text(metrics, "".join(json.dumps(line) + "\n" for line in lines))
+    if first:
+        replace_text(metrics, "".join(json.dumps(line) + "\n" for line in lines))
 
     batches = iter(run.batches())
     bar = tqdm(total=config.steps, initial=run.done, desc=f"stage {args.stage}", unit="step", dynamic_ncols=True,
-               mininterval=1)
+               mininterval=1, disable=not first)
     timed_steps, timer, saved = 0, time.time(), run.done
     with stop_signals() as stopped:
-        while run.done < config.steps and not stopped:
+        while run.done < config.steps and not run.any_rank(stopped):
             run.step(next(batches))
             bar.update()
             timed_steps += 1
@@ -698,23 +749,27 @@ def train(run):
             evaluating = run.done % args.evaluate_every == 0 and not last  # the last evaluation comes after the loop
             if run.done % args.log_every == 0 or evaluating or last:
                 line = run.log(timed_steps * config.batch_size / (time.time() - timer))
-                if evaluating:
-                    line.update(run.evaluate())
-                timed_steps, timer = 0, time.time()
-                lines.append(line)
-                with open(metrics, "a") as file:
-                    file.write(json.dumps(line) + "\n")
-                figures, sentence = run.show(line)
-                bar.set_postfix(**figures, images_per_s=f"{line['images_per_second']:.0f}")
-                if sentence:
-                    bar.write(f"step {line['step']}: {sentence}")
-            if run.done % args.checkpoint_every == 0 or last:
+                timed_steps = 0
+                if first:
+                    if evaluating:
+                        line.update(run.evaluate())
+                    lines.append(line)
+                    with open(metrics, "a") as file:
+                        file.write(json.dumps(line) + "\n")
+                    figures, sentence = run.show(line)
+                    bar.set_postfix(**figures, images_per_s=f"{line['images_per_second']:.0f}")
+                    if sentence:
+                        bar.write(f"step {line['step']}: {sentence}")
+                timer = time.time()
+            if first and (run.done % args.checkpoint_every == 0 or last):
                 run.seconds, saved = earlier + time.time() - begin, run.done
                 run.save()
-        if saved < run.done:
+        if first and saved < run.done:
             run.seconds = earlier + time.time() - begin
             run.save()
     bar.close()
+    if not first:
+        sys.exit(0 if run.done == config.steps else 130)
     if run.done < config.steps:
         print(f"stopped after step {run.done} of {config.steps}; the same command with --resume goes on from here")
         sys.exit(130)
@@ -781,6 +836,8 @@ def benchmark(run, warmup=3, steps=20):
     for _ in range(steps):
         run.step(next(batches))
     seconds = (time.time() - begin) / steps
+    if run.rank > 0:
+        return
     rate = matmul_rate(run.device, torch.bfloat16 if run.bf16 else torch.float32)
     if run.device.type == "cuda":
         peak = torch.cuda.max_memory_allocated()
@@ -959,10 +1016,29 @@ def one_sentence_errors():
         sys.exit(130)
 
 
+@contextmanager
+def process_group(device):
+    """Join the other processes that torchrun started, if it did, and leave them in the end."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield
+        return
+    # The others wait while the first rank evaluates.
+    backend = "nccl" if choose_device(device).type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(hours=2))
+    if backend == "nccl":
+        torch.cuda.set_device(choose_device(device))
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
 def main(argv=None):
     args = parse_args(argv)
-    with one_sentence_errors():
+    with one_sentence_errors(), process_group(args.device):
         if args.ablate:
+            if dist.is_initialized():
+                raise InputError("--ablate runs many small trainings one after the other; start it without torchrun")
             ablate(args)
             return
         config = settings_for(args, args.stage)

@@ -1812,11 +1812,12 @@ class ImageSet(torch.utils.data.Dataset):
 class TrainingOrder:
     """Endless keys of training views: every epoch in a new random order, every view with a new seed.
 
-    Key number k depends on `seed` and k alone, so a resumed run needs no state of the loader to see the same images.
+    Key number k depends on `seed` and k alone, so a resumed run needs no state of the loader to see the same images,
+    and each of several ranks takes every so manieth key without asking the others.
     """
 
-    def __init__(self, count, seed, start):
-        self.count, self.seed, self.start = count, seed, start
+    def __init__(self, count, seed, start, rank=0, ranks=1):
+        self.count, self.seed, self.start, self.rank, self.ranks = count, seed, start, rank, ranks
 
     def __iter__(self):
         position = self.start
@@ -1824,7 +1825,8 @@ class TrainingOrder:
             epoch, done = divmod(position, self.count)
             order = np.random.default_rng([self.seed, epoch]).permutation(self.count)
             for index in order[done:].tolist():
-                yield index, (self.seed * 2**40 + position) % 2**63
+                if position % self.ranks == self.rank:
+                    yield index, (self.seed * 2**40 + position) % 2**63
                 position += 1
 
 
