@@ -8,7 +8,7 @@
     python sample.py codes --model out/stage1                   # what single codes stand for
     python sample.py generate "a red apple" "noto cat face"     # pictures of captions, by out/ar
     python sample.py evaluate --model out/ar                    # do pictures show what their captions say?
-    python sample.py export --format hf --out my/encoder        # the encoder for transformers, for LLaVA and others
+    python sample.py export --format hf --out out/export        # the encoder for transformers, for LLaVA and others
     python sample.py caption cat.jpg                            # what out/caption says of an image
     python sample.py evaluate --model out/caption --encoder out/stage2    # how many captions are right, encoder swapped
 """
@@ -91,15 +91,25 @@ def lpips_distance(device):
     return network.to(device).lpips
 
 
+# Which of evaluate's flags are for which kind of model.
+EVALUATED_BY = {
+    "tokenizer": ("image_size", "split", "frechet_encoder", "teacher", "clusters"),
+    "generator": ("frechet_encoder", "count", "cfg_scale", "temperature", "top_k", "top_p", "seed"),
+    "captioner": ("image_size", "split", "encoder"),
+}
+
+
 def evaluate(args, device):
     """Print the metrics of a tokenizer, a generator or a captioner as a table, then as one JSON line."""
     config = vqrae.read_json(args.model / "config.json") if args.model.is_dir() else {}
-    if "text_vocabulary" in config:
-        result = evaluate_generator(args, device)
-    elif "lm" in config:
-        result = evaluate_captioner(args, device)
-    else:
-        result = evaluate_tokenizer(args, device)
+    kind = "generator" if "text_vocabulary" in config else "captioner" if "lm" in config else "tokenizer"
+    for name, default in args.defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, default)
+        elif name not in EVALUATED_BY[kind]:
+            raise InputError(f"--{name.replace('_', '-')} is not for a {kind}, and {args.model} holds one")
+    run = {"tokenizer": evaluate_tokenizer, "generator": evaluate_generator, "captioner": evaluate_captioner}[kind]
+    result = run(args, device)
     print(json.dumps({"model": str(args.model), "data": str(args.data), **result}))
 
 
@@ -121,7 +131,7 @@ def evaluate_tokenizer(args, device):
     for name, value in result.items():
         print(f"{name:20} {value:.4f}" if isinstance(value, float) else f"{name:20} {value}")
     if args.split == "val":  # a probe is fitted to the training images and asked about held-out ones
-        if asdict(teacher.config) == asdict(model.config.encoder):
+        if sizes(teacher) == sizes(model.encoder):
             train_images = vqrae.ImageSet(args.data, "train", args.image_size)
             result["understanding"] = vqrae.understanding(model, teacher, train_images, images, args.batch_size, device)
             print_understanding(result["understanding"])
@@ -143,7 +153,7 @@ def evaluate_generator(args, device):
     they would reach by chance: the floor). The Frechet distance is to the held-out images, in the same features.
     """
     lm, model = load_generator(args, device)
-    size = args.image_size or model.config.image_size
+    size = model.config.image_size
     encoder, name = vqrae.load_encoder(args.frechet_encoder).to(device), Path(args.frechet_encoder).name
     sets = {split: vqrae.ImageSet(args.data, split, size) for split in ("train", "val")}
     real = {split: vqrae.pooled_features(encoder, (batch.float() / 255 for batch in images.batches(
@@ -197,16 +207,21 @@ def evaluate_captioner(args, device):
 
 
 def load_captioner(args, device):
-    """The Captioner in --model; --image-size becomes what its encoder was made for unless it is given."""
+    """The Captioner in --model; --image-size becomes its own unless it is given."""
     captioner = vqrae.Captioner.from_pretrained(args.model).to(device)
-    args.image_size = args.image_size or captioner.config.encoder.image_size
+    args.image_size = args.image_size or captioner.config.image_size
     return captioner
+
+
+def sizes(encoder):
+    """What two encoders must agree in to take each other's place; the two names of InternViT's layout are one."""
+    return {**asdict(encoder.config), "family": encoder.config.family.replace("intern_vit_6b", "internvl_vision")}
 
 
 def swap_encoder(captioner, source, device):
     """Put another encoder of the same sizes before the captioner's projector; nothing is trained again."""
     encoder = vqrae.load_encoder(source)
-    if asdict(encoder.config) != asdict(captioner.config.encoder):
+    if sizes(encoder) != sizes(captioner.encoder):
         raise InputError(f"the encoder of {source} has other sizes than the one the captioner was trained with")
     captioner.encoder = encoder.to(device)
 
@@ -223,7 +238,11 @@ def caption(args, device):
 def load_generator(args, device):
     """The VisualLM in --model, and beside it the VQRAE whose codes it writes."""
     lm = vqrae.VisualLM.from_pretrained(args.model).to(device)
-    return lm, vqrae.VQRAE.from_pretrained(args.model / "vqrae").to(device)
+    model = vqrae.VQRAE.from_pretrained(args.model / "vqrae").to(device)
+    if lm.config.codebook_size != model.config.codebook_size:
+        raise InputError(f"{args.model} writes {lm.config.codebook_size} codes and the tokenizer in {args.model}/vqrae has "
+                         f"{model.config.codebook_size}; they were not trained together")
+    return lm, model
 
 
 def write(args, lm, model, captions):
@@ -348,16 +367,18 @@ def export(args, device):
         raise InputError(f"the model in {args.model} has no codes (--quantizer none)")
     images = vqrae.ImageSet(args.data, args.split, args.image_size)
     digest, records, shards = vqrae.codes_digest(model, images), images.records, []
-    note = args.out / "digest.txt"
-    if note.exists() and note.read_text() != digest:
-        raise InputError(f"{args.out} holds tokens of another model or other images; choose another --out")
-    args.out.mkdir(parents=True, exist_ok=True)
-    note.write_text(digest)
+    note, wanted = args.out / "digest.txt", f"{digest} in shards of {args.shard_size}\n"
+    if note.exists() and note.read_text() != wanted:
+        raise InputError(f"{args.out} holds tokens of another model or other images, or in shards of another size; "
+                         "choose another --out")
     for shard, begin in enumerate(tqdm(range(0, len(images), args.shard_size), desc="tokens", unit="shard")):
         path = args.out / f"codes-{shard:05}.safetensors"
         if not path.exists():
             keys = range(begin, min(begin + args.shard_size, len(images)))
-            vqrae.write_codes(path, model, images, keys, args.batch_size, device)
+            codes, places = vqrae.codes_of(model, images, keys, args.batch_size, device)
+            args.out.mkdir(parents=True, exist_ok=True)
+            note.write_text(wanted)
+            vqrae.write_codes(path, codes, places)
         places = vqrae.read_safetensors(path)["places"].tolist()
         shards.append({"file": path.name, "images": len(places), "names": [records[i].get("name") for i in places],
                        "captions": [vqrae.caption_of(records[i]) for i in places]})
@@ -426,15 +447,16 @@ def parse_args(argv=None):
         if command in (reconstruct, evaluate, codes, export):
             sub.add_argument("--data", default=str(vqrae.ROOT / "data/emoji"),
                              help="folder of images (default: the emoji)")
-            sub.add_argument("--split", choices=["val", "train", "all"], default="val", help="val: the held-out images")
+            sub.add_argument("--split", choices=["val", "train", "all"], default="all" if command is export else "val",
+                             help="val: the held-out images")
         if command is reconstruct:
             sub.add_argument("--beside", type=Path, action="append", default=[], metavar="MODEL",
                              help="another model to show beside; may be given more than once")
         if command in (evaluate, caption):
-            sub.add_argument("--encoder", action="append", default=[], metavar="MODEL",
+            sub.add_argument("--encoder", nargs="+" if command is evaluate else 1, default=[], metavar="MODEL",
                              
-                             help="of a captioner: an encoder, or a VQRAE with one, to read in place of its own; "
-                             "evaluate takes more than one")
+                             help="of a captioner: an encoder, or a VQRAE with one, to read in place of its own, "
+                             "or in turn")
         if command is evaluate:
             sub.add_argument("--frechet-encoder", default=str(vqrae.ROOT / "data/tiny_vit"),
                              help="whose mean patch features the Frechet distance compares; it is named after it")
@@ -456,6 +478,9 @@ def parse_args(argv=None):
             sub.add_argument("--top-p", type=number(float, most=1), default=1.0,
                              help=of + "only the fewest codes that make up this probability")
             sub.add_argument("--seed", type=number(int, zero=True), default=0, help="of the draw of codes")
+        if command is evaluate:  # which of them were given shows in what is not None
+            names = {name for names in EVALUATED_BY.values() for name in names}
+            sub.set_defaults(defaults={name: sub.get_default(name) for name in names}, **dict.fromkeys(names))
         if command is generate:
             sub.add_argument("captions", nargs="*", metavar="CAPTION", help='such as "a red apple" or "noto red apple"')
         if command is export:

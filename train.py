@@ -193,8 +193,9 @@ class Run:
         for name, parameter in module.named_parameters():
             if parameter.requires_grad:
                 # TiTok's rule exempts embeddings, and W stands for one.
-                matrix = parameter.dim() >= 2 and not name.startswith(("quantizer.", "encoder.positions",
-                                                                       "encoder.cls_token"))
+                embeddings = ("quantizer.", "encoder.positions", "encoder.cls_token", "encoder.registers", "embedding.",
+                              "lm.embedding.")
+                matrix = parameter.dim() >= 2 and not name.startswith(embeddings)
                 rate = config.encoder_learning_rate if name.startswith("encoder.") else learning_rate
                 groups.setdefault((rate, config.weight_decay if matrix else 0.0), []).append(parameter)
         return torch.optim.AdamW([{"params": parameters, "lr": rate, "peak": rate, "weight_decay": decay}
@@ -203,6 +204,10 @@ class Run:
 
     def start(self):
         """What comes before step 0."""
+
+    def export(self):
+        """Write what the run was for, the averaged model, to --out."""
+        self.average.save_pretrained(self.args.out)
 
     def schedule(self, step, start=0):
         """Share of its highest learning rate that a part has which sets in at `start`: linear warm-up, then cosine.
@@ -400,9 +405,9 @@ class TokenizerRun(Run):
         for batch in self.train_images.batches(keys, self.config.batch_size, self.workers):
             images = batch.to(self.device).float() / 255
             with torch.no_grad():
-                features.append(self.model.encoder(images).flatten(0, 1))  # (B * N, d)
+                features += [self.model.encoder(part).flatten(0, 1) for part in images.chunk(self.config.accumulate)]
             patches.append(nn.functional.unfold(images, p, stride=p).transpose(1, 2).flatten(0, 1))  # (B * N, 3*p*p)
-            wanted -= len(features[-1])
+            wanted -= len(patches[-1])
             if wanted <= 0:
                 break
         generator = torch.Generator().manual_seed(self.args.seed)
@@ -523,10 +528,10 @@ class GenerationRun(Run):
         return {**super().settings(), "codes of the images (SHA-256)": self.digest.hexdigest(),
                 "text tokenizer (SHA-256)": hashlib.sha256(self.model.text.to_str().encode()).hexdigest()}
 
-    def start(self):
-        """Keep a copy of the tokenizer with the model, for codes mean nothing without it."""
-        if self.rank == 0:
-            self.tokenizer.save_pretrained(self.args.out / "vqrae")
+    def export(self):
+        """The model, and a copy of the tokenizer, for codes mean nothing without it."""
+        super().export()
+        self.tokenizer.save_pretrained(self.args.out / "vqrae")
 
     def batches(self):
         # Every rank knows all of a batch, and takes its share when all is drawn.
@@ -574,7 +579,8 @@ class GenerationRun(Run):
         """Pairs of the tokenizer's reconstruction and what is written from its caption: training, then held out."""
         pairs = []
         for split, codes in self.codes.items():
-            chosen = [i * len(codes) // 21 for i in range(min(21, len(codes)))]
+            count = min(21, len(codes))
+            chosen = [i * len(codes) // count for i in range(count)]
             captions = [vqrae.caption_of(self.records[split][i]) for i in chosen]
             written = self.average.generate(captions, **vqrae.SAMPLING)
             pairs += zip(*(self.tokenizer.decode(some.to(self.device)) for some in (codes[chosen], written)))
@@ -596,7 +602,7 @@ class CaptionRun(Run):
         if not any(texts):
             raise InputError(f"the images in {config.data} have no captions: put them into one folder per class")
         lm = language_model(config, texts)
-        model = vqrae.Captioner(vqrae.CaptionerConfig(encoder.config, lm.config), lm.text)
+        model = vqrae.Captioner(vqrae.CaptionerConfig(encoder.config, config.image_size, lm.config), lm.text)
         model.encoder, model.lm = encoder.requires_grad_(False), lm
         model.to(self.device)
         self.set_up(model, model.loss)
@@ -605,27 +611,43 @@ class CaptionRun(Run):
     def batches(self):
         return self.train_images.batches(self.order(), self.config.batch_size // self.ranks, self.workers, indices=True)
 
+    def settings(self):
+        weights = hashlib.sha256()
+        for _, tensor in sorted(self.model.encoder.state_dict().items()):
+            weights.update(tensor.cpu().contiguous().numpy().tobytes())
+        return {**super().settings(), "encoder (SHA-256)": weights.hexdigest(),
+                "text tokenizer (SHA-256)": hashlib.sha256(self.model.lm.text.to_str().encode()).hexdigest()}
+
     def loss(self, forward, images, batch, places):
         captions = [vqrae.text_of(images.records[place]) for place in places]
         return forward(batch.to(self.device).float() / 255, captions)
 
+    def token_count(self, images, places):
+        """How many tokens the captions of these images have, over which their loss is a mean."""
+        return sum(len(self.model.tokens(vqrae.text_of(images.records[place]))) for place in places)
+
     def step(self, batch):
         """One update on uint8 images and their places in the training set."""
         images, places = batch
+        tokens = self.token_count(self.train_images, places) / len(places)  # of a caption, on average
 
         def losses(part):
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-                return self.loss(self.forward, self.train_images, images[part], places[part]), {}
+                loss = self.loss(self.forward, self.train_images, images[part], places[part])
+            if len(places[part]) < len(places):  # parts are weighed by their images, and ours is a mean over tokens
+                loss = loss * (self.token_count(self.train_images, places[part]) / len(places[part]) / tokens)
+            return loss, {}
 
         self.descend(losses)
 
     @torch.no_grad()
     def evaluate(self):
         """The averaged model's loss on the held-out images."""
-        images = self.val_images
-        losses = [self.loss(self.average.loss, images, *batch).item() * len(batch[1])
-                  for batch in images.batches(range(len(images)), 64, self.workers, indices=True)]
-        return {"val_loss": sum(losses) / len(images)}
+        images, total, count = self.val_images, 0.0, 0
+        for batch, places in images.batches(range(len(images)), 64, self.workers, indices=True):
+            tokens = self.token_count(images, places)
+            total, count = total + tokens * self.loss(self.average.loss, images, batch, places).item(), count + tokens
+        return {"val_loss": total / count}
 
     def summary(self):
         """The last evaluation, and how many captions are right."""
@@ -656,7 +678,7 @@ def language_model(config, texts, codebook_size=0, image_tokens=0):
 STAGES = {"1": TokenizerRun, "2": TokenizerRun, "ar": GenerationRun, "caption": CaptionRun}
 
 # Every setting of every stage, by name; each is a flag.
-SETTINGS = {field.name: field for config in (vqrae.TrainingConfig, vqrae.GenerationConfig, vqrae.CaptionConfig)
+SETTINGS = {field.name: field for config in (vqrae.CaptionConfig, vqrae.GenerationConfig, vqrae.TrainingConfig)
             for field in fields(config) if "help" in field.metadata}
 
 
@@ -792,7 +814,7 @@ def stop_signals():
 def finish(run, lines, earlier, begin):
     """Final evaluation of the averaged weights; write the model, summary.json and the pictures."""
     out = run.args.out
-    run.average.save_pretrained(out)
+    run.export()
     summary = run.summary()
     lines[-1].update(summary)
     replace_text(out / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))

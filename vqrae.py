@@ -172,7 +172,7 @@ class Encoder(nn.Module):
         return torch.cat([cls, grid.flatten(2).transpose(1, 2).to(cls.dtype)], dim=1)  # (1, [1 +] rows*columns, d)
 
     def hidden_states(self, images):
-        """All tokens, class token and registers first, after every block and before the norm: `depth` tensors.
+        """Yield all tokens, class token and registers first, as they are after each block; no norm is applied.
 
         Each is (B, [1 +] registers + N, d). Raises InputError when the image's sides are not multiples of the patch
         size.
@@ -191,14 +191,13 @@ class Encoder(nn.Module):
             first = int(self.config.class_token)
             x = torch.cat([x[:, :first], self.registers.expand(len(x), -1, -1), x[:, first:]], dim=1)
         x = self.pre_norm(x)  # (B, [1 +] registers + N, d)
-        states = []
         for block in self.blocks:
             x = block(x)  # (B, [1 +] registers + N, d)
-            states.append(x)
-        return states
+            yield x
 
     def forward(self, images):
-        x = self.hidden_states(images)[-1]  # (B, [1 +] registers + N, d)
+        for x in self.hidden_states(images):  # (B, [1 +] registers + N, d), none kept but the last
+            pass
         x = self.norm(x) if self.config.final_norm == "tokens" else x
         return x[:, self.config.class_token + self.config.registers:]  # (B, N, d)
 
@@ -282,10 +281,14 @@ def save_encoder(encoder, folder, dtype=torch.float32):
         hub_config.update(vision_use_head=False)  # the pooling head is no part of Z_I
     if family == "internvl_vision":
         hub_config.update(attention_bias=True, use_qk_norm=False, use_mean_pooling=True, norm_type="layer_norm")
-    statistics = {"image_processor_type": "BitImageProcessor", "image_mean": config.mean, "image_std": config.std}
+    statistics = {"image_processor_type": "BitImageProcessor", "image_mean": config.mean, "image_std": config.std,
+                  "size": {"shortest_edge": config.image_size},
+                  "crop_size": {"height": config.image_size, "width": config.image_size}}
     weights = {}
     for name, tensor in encoder.state_dict().items():
         theirs = hub_names(name, column)
+        if column == 2:
+            theirs = [f"vision_model.{name}" for name in theirs]  # as on the hub; transformers before 5 needs it
         if column == 2 and name in ("cls_token", "positions"):
             tensor = tensor[0, 0] if name == "cls_token" else tensor[0]  # (d,), (N, d): they come without a batch
         weights.update(zip(theirs, (piece.to(dtype).contiguous() for piece in tensor.chunk(len(theirs)))))
@@ -792,8 +795,8 @@ class VFMPerceptual(nn.Module):
             window.append(slice(start, start + side))
         window = tuple(window)
         with torch.no_grad():
-            targets = self.encoder.hidden_states(x[window])
-        states = self.encoder.hidden_states(y[window])
+            targets = list(self.encoder.hidden_states(x[window]))
+        states = list(self.encoder.hidden_states(y[window]))
         distances = [(unit(a.float(), -1) - unit(b.float(), -1)).pow(2).sum(-1).mean() for a, b in zip(states, targets)]
         gradients = [(y - x).diff(dim=dim).pow(2).mean() for dim in (-2, -1)]
         return sum(distances) / len(distances) + 2 * sum(gradients)
@@ -1293,6 +1296,7 @@ class CaptionerConfig:
     """Sizes of a Captioner: the encoder's, and those of a VisualLM that has no codes."""
 
     encoder: ViTConfig
+    image_size: int  # side of the images it was trained on
     lm: LMConfig
 
 
@@ -1312,13 +1316,17 @@ class Captioner(nn.Module):
         start = self.lm.embedding.weight[self.lm.text.token_to_id(START_OF_IMAGE)]  # (d,)
         return torch.cat([start.expand(len(features), 1, -1), self.projector(features)], dim=1)
 
+    def tokens(self, caption):
+        """A caption as the tokens that are to be written, its end included."""
+        end = self.lm.text.token_to_id(END_OF_TEXT)
+        return self.lm.text.encode(caption, add_special_tokens=False).ids + [end]
+
     def loss(self, images, captions):
         """Mean cross-entropy of the tokens of the captions, and of the end of each, given the images."""
         with torch.no_grad():
             features = self.encoder(images)  # (B, N, d of the encoder), frozen
         x = self.read(features)  # (B, N + 1, d)
-        end = self.lm.text.token_to_id(END_OF_TEXT)
-        texts = [self.lm.text.encode(caption, add_special_tokens=False).ids + [end] for caption in captions]
+        texts = [self.tokens(caption) for caption in captions]
         longest = max(map(len, texts))
         tokens = torch.tensor([text + [-1] * (longest - len(text)) for text in texts], device=x.device)  # (B, n)
         x = torch.cat([x, self.lm.embedding(tokens[:, :-1].clamp(min=0))], dim=1)  # (B, N + n, d)
@@ -1327,7 +1335,7 @@ class Captioner(nn.Module):
         return F.cross_entropy((x[told] @ self.lm.embedding.weight.T).float(), tokens[told])
 
     @torch.no_grad()
-    def caption(self, images, most=40):
+    def caption(self, images, most=80):
         """The likeliest text, word by word, of each of the images (B, 3, H, W) -> B strings of up to `most` tokens."""
         x, end = self.read(self.encoder(images)), self.lm.text.token_to_id(END_OF_TEXT)  # (B, N + 1, d)
         cache = KeyValueCache(self.config.lm, len(x), x.shape[1] + most, x.device, x.dtype)
@@ -1350,7 +1358,7 @@ class Captioner(nn.Module):
     def from_pretrained(cls, folder):
         """Load what `save_pretrained` wrote, in eval mode; InputError says what is missing or damaged."""
         model = load_model(folder, "Captioner", "--stage caption makes one", lambda saved: cls(
-            CaptionerConfig(ViTConfig(**saved["encoder"]), LMConfig(**saved["lm"]))))
+            CaptionerConfig(ViTConfig(**saved["encoder"]), saved["image_size"], LMConfig(**saved["lm"]))))
         model.lm.text = load_text_tokenizer(Path(folder) / "tokenizer.json", model.config.lm.text_vocabulary)
         return model
 
@@ -1574,10 +1582,10 @@ def nearest(features, gallery):
 def retrieval(found, records):
     """Shares of pictures whose nearest real image, a record of `found`, shows what was asked for, one of `records`.
 
-    name (the same picture, of any style), category and subcategory, as far as the records have them.
+    name (the same picture, of any style), category and subcategory, as far as the records have them and differ in them.
     """
     return {key: sum(a.get(key) == b.get(key) for a, b in zip(found, records)) / len(records)
-            for key in ("name", "category", "subcategory") if any(key in record for record in records)}
+            for key in ("name", "category", "subcategory") if any(record.get(key) for record in found + records)}
 
 
 @torch.no_grad()
@@ -1608,7 +1616,7 @@ def image_codes(model, images, folder, batch_size=64, device="cpu", workers=0):
     """
     path = Path(folder) / f"{codes_digest(model, images)[:32]}.safetensors"
     if not path.exists():
-        write_codes(path, model, images, range(len(images)), batch_size, device, workers)
+        write_codes(path, *codes_of(model, images, range(len(images)), batch_size, device, workers))
     saved = read_safetensors(path)
     return saved["codes"].long(), saved["places"]
 
@@ -1622,16 +1630,21 @@ def codes_digest(model, images):
 
 
 @torch.no_grad()
-def write_codes(path, model, images, keys, batch_size=64, device="cpu", workers=0):
-    """Write the codes (n, N) int32 of some images and their places (n,) in the set, without unreadable ones."""
+def codes_of(model, images, keys, batch_size=64, device="cpu", workers=0):
+    """The codes (n, N) int32 of some images and their places (n,) in the set, without unreadable ones."""
     codes, kept, asked = [], [], 0
     for batch, places in images.batches(keys, batch_size, workers, indices=True):
         own = [i for i, place in enumerate(places) if place == keys[asked + i]]  # no stand-in for an unreadable file
         codes.append(model.encode(batch.to(device).float() / 255)[1].cpu()[own].int())
         kept += [places[i] for i in own]
         asked += len(places)
+    return torch.cat(codes), torch.tensor(kept)
+
+
+def write_codes(path, codes, places):
+    """Write codes and places in one step, so that no reader meets half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({"codes": torch.cat(codes), "places": torch.tensor(kept)}, path.with_suffix(".tmp"))
+    save_file({"codes": codes, "places": places}, path.with_suffix(".tmp"))
     path.with_suffix(".tmp").replace(path)
 
 
@@ -1734,7 +1747,7 @@ class ImageSet(torch.utils.data.Dataset):
                 paths = [path for i, path in enumerate(paths) if (i in held_out) == (split == "val")]
         return paths
 
-    @property
+    @functools.cached_property
     def records(self):
         """One dict per image: name and category, and for our own sets style, caption and more."""
         if self.from_sheets:

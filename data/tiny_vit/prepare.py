@@ -164,7 +164,7 @@ def make_cache(teacher, source, folder, count):
         rows = slice(done, done + len(small))
         images = large.permute(0, 3, 1, 2) / 255
         with torch.autocast("cpu", torch.bfloat16):
-            states = teacher.hidden_states(images)[-1]
+            *_, states = teacher.hidden_states(images)
         target = teacher.norm(states.float())
         pixels[rows], tokens[rows], cls[rows] = small.numpy(), target[:, 1:].half().numpy(), target[:, 0].half().numpy()
         done += len(small)
@@ -220,7 +220,8 @@ class Student(nn.Module):
         self.pooled_head = nn.Linear(STUDENT.width, width)
 
     def forward(self, images):
-        tokens = self.encoder.norm(self.encoder.hidden_states(images)[-1])  # (B, 1 + N, d)
+        *_, tokens = self.encoder.hidden_states(images)
+        tokens = self.encoder.norm(tokens)  # (B, 1 + N, d)
         patches = tokens[:, 1:]  # (B, N, d)
         return self.patch_head(patches), self.cls_head(tokens[:, 0]), self.pooled_head(patches.mean(1))
 
