@@ -240,8 +240,8 @@ def load_generator(args, device):
     lm = vqrae.VisualLM.from_pretrained(args.model).to(device)
     model = vqrae.VQRAE.from_pretrained(args.model / "vqrae").to(device)
     if lm.config.codebook_size != model.config.codebook_size:
-        raise InputError(f"{args.model} writes {lm.config.codebook_size} codes and the tokenizer in {args.model}/vqrae has "
-                         f"{model.config.codebook_size}; they were not trained together")
+        raise InputError(f"{args.model} writes {lm.config.codebook_size} codes and the tokenizer in {args.model}/vqrae "
+                         f"has {model.config.codebook_size}; they were not trained together")
     return lm, model
 
 
