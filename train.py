@@ -413,6 +413,9 @@ class TokenizerRun(Run):
         generator = torch.Generator().manual_seed(self.args.seed)
         self.model.start(torch.cat(features), torch.cat(patches), self.config.codebook_init,
                          self.config.projection_init, generator)
+        if self.ranks > 1:
+            for tensor in self.model.state_dict().values():  # all have done the same, but rounding may differ
+                dist.broadcast(tensor, src=0)
         self.average.load_state_dict(self.model.state_dict())
 
     def batches(self):
