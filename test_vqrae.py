@@ -1312,16 +1312,18 @@ def test_stage_2_resumes_bit_identical_discriminator_included(second_stage, tmp_
 
 def torchrun(*arguments, ranks=2):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # as here: with others, the codebook's start is rounded
     return subprocess.run(command + [str(argument) for argument in arguments], cwd=ROOT, capture_output=True, text=True,
-                          timeout=240, env={**os.environ, **threads})
+                          timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
 @pytest.mark.parametrize("stage", ["stage 1", "stage 2", "ar", "caption"])
 def test_two_ranks_log_what_one_process_logs(stage, request, tmp_path):
     fixture = {"stage 1": "short_run", "stage 2": "second_stage", "ar": "ar_run", "caption": "caption_run"}[stage]
     arguments = request.getfixturevalue(fixture) + ["--precision", "fp32"]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as each rank has: with more, the start of the codebook is rounded otherwise
     train.main(arguments)
+    torch.set_num_threads(threads)
     result = torchrun("train.py", *arguments, "--out", tmp_path / "ranks")
     assert result.returncode == 0, result.stderr
     one, two = ([json.loads(line) for line in (tmp_path / folder / "metrics.jsonl").read_text().splitlines()]
@@ -1333,6 +1335,51 @@ def test_two_ranks_log_what_one_process_logs(stage, request, tmp_path):
             # LeCam's penalty is of the mean verdict of a batch, so halves of it are not punished quite like the whole.
             if name != "images_per_second" and "discriminator" not in name:
                 assert b[name] == pytest.approx(a[name], rel=1e-4 if "perplexity" in name else 1e-5, abs=1e-5), name
+
+
+def test_what_two_ranks_have_begun_one_process_goes_on_with(ar_run, tmp_path):
+    arguments = ar_run + ["--precision", "fp32"]
+    train.main(arguments)
+    whole = torch.load(tmp_path / "run/checkpoint/state.pt", weights_only=True)
+    # Two ranks stop at step 4, on a signal that only one of them has been given.
+    script = tmp_path / "stop.py"
+    script.write_text(f"""
+import os, sys
+sys.path.insert(0, {str(ROOT)!r})
+import train
+step = train.GenerationRun.step
+def stop(run, batch):
+    step(run, batch)
+    if run.done == 4 and run.rank == 1:
+        os.kill(os.getpid(), train.signal.SIGTERM)
+train.GenerationRun.step = stop
+train.main(sys.argv[1:])
+""")
+    result = torchrun(script, *arguments, "--out", tmp_path / "ranks")
+    assert result.returncode != 0 and "stopped after step 4 of 6" in result.stdout
+    train.main(arguments + ["--out", str(tmp_path / "ranks"), "--resume"])
+    resumed = torch.load(tmp_path / "ranks/checkpoint/state.pt", weights_only=True)
+    assert resumed["done"] == whole["done"] == 6
+    for name, tensor in whole["model"].items():
+        torch.testing.assert_close(resumed["model"][name], tensor, rtol=1e-4, atol=1e-5)
+
+
+def test_a_rank_that_dies_ends_the_others_with_a_sentence_and_no_traceback(ar_run, tmp_path):
+    script = tmp_path / "die.py"
+    script.write_text(f"""
+import os, sys
+sys.path.insert(0, {str(ROOT)!r})
+import train
+step = train.GenerationRun.step
+def die(run, batch):
+    if run.done == 2 and run.rank == 1:
+        os._exit(3)
+    step(run, batch)
+train.GenerationRun.step = die
+train.main(sys.argv[1:])
+""")
+    result = torchrun(script, *ar_run)
+    assert result.returncode != 0 and "error: rank 0 of 2 has lost another rank at step 2" in result.stderr
 
 
 def test_a_batch_that_cannot_be_shared_out_is_a_sentence_from_a_process_that_fails(short_run):
