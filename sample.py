@@ -375,10 +375,10 @@ def export(args, device):
         path = args.out / f"codes-{shard:05}.safetensors"
         if not path.exists():
             keys = range(begin, min(begin + args.shard_size, len(images)))
-            codes, places = vqrae.codes_of(model, images, keys, args.batch_size, device)
+            codes_and_places = vqrae.codes_of(model, images, keys, args.batch_size, device)
             args.out.mkdir(parents=True, exist_ok=True)
             note.write_text(wanted)
-            vqrae.write_codes(path, codes, places)
+            vqrae.write_codes(path, *codes_and_places)
         places = vqrae.read_safetensors(path)["places"].tolist()
         shards.append({"file": path.name, "images": len(places), "names": [records[i].get("name") for i in places],
                        "captions": [vqrae.caption_of(records[i]) for i in places]})
@@ -454,7 +454,6 @@ def parse_args(argv=None):
                              help="another model to show beside; may be given more than once")
         if command in (evaluate, caption):
             sub.add_argument("--encoder", nargs="+" if command is evaluate else 1, default=[], metavar="MODEL",
-                             
                              help="of a captioner: an encoder, or a VQRAE with one, to read in place of its own, "
                              "or in turn")
         if command is evaluate:

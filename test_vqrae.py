@@ -9,6 +9,7 @@ transformers, scikit-image, scipy, or the lpips package, on random weights; noth
 import json
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -1320,6 +1321,11 @@ def torchrun(*arguments, ranks=2):
 def test_two_ranks_log_what_one_process_logs(stage, request, tmp_path):
     fixture = {"stage 1": "short_run", "stage 2": "second_stage", "ar": "ar_run", "caption": "caption_run"}[stage]
     arguments = request.getfixturevalue(fixture) + ["--precision", "fp32"]
+    if stage == "caption":  # captions of different lengths, since the loss is a mean over tokens
+        photos = Path(arguments[arguments.index("--data") + 1])
+        for name, new in (("class0", "one"), ("class1", "quite another class of pictures")):
+            shutil.copytree(photos / name, tmp_path / "photos" / new)
+        arguments += ["--data", str(tmp_path / "photos")]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as each rank has: with more, the start of the codebook is rounded otherwise
     train.main(arguments)
@@ -1667,8 +1673,6 @@ def test_the_memory_of_the_cache_is_allocated_once(monkeypatch):
     (lambda folder: edit(folder / "config.json", '"num_hidden_layers": 3', '"num_hidden_layers": 4'), "has no tensor"),
 ])
 def test_a_damaged_qwen3_is_one_sentence(qwen3_twin, tmp_path, damage, sentence):
-    import shutil
-
     shutil.copytree(qwen3_twin[1], tmp_path / "copy")
     damage(tmp_path / "copy")
     with pytest.raises(InputError, match=sentence):
@@ -1763,8 +1767,6 @@ def test_a_damaged_text_tokenizer_is_one_sentence(tmp_path, damage, sentence):
 
 
 def test_qwen3_brings_its_text_tokenizer_and_writes_codes_behind_it(qwen3_twin, tmp_path):
-    import shutil
-
     shutil.copytree(qwen3_twin[1], tmp_path / "qwen3")
     words = {"red": 0, "apple": 1, vqrae.START_OF_IMAGE: 48, vqrae.END_OF_TEXT: 49}
     text = Tokenizer(tokenizers.models.WordLevel(words, unk_token="red"))
@@ -1825,8 +1827,6 @@ def test_captions_are_left_out_as_often_as_asked(ar_run, dropout, expected, monk
 
 
 def test_codes_are_made_once_and_made_anew_for_another_tokenizer_or_other_images(photo_folder, tmp_path, monkeypatch):
-    import shutil
-
     shutil.copytree(photo_folder, tmp_path / "photos")
     images, calls = vqrae.ImageSet(tmp_path / "photos", "all", 16), []
     real = vqrae.VQRAE.encode
@@ -1845,8 +1845,6 @@ def test_codes_are_made_once_and_made_anew_for_another_tokenizer_or_other_images
 
 
 def test_codes_of_an_image_are_those_of_its_caption_also_behind_an_unreadable_file(photo_folder, tmp_path):
-    import shutil
-
     shutil.copytree(photo_folder, tmp_path / "photos")
     model, clean = small_model(), vqrae.ImageSet(tmp_path / "photos", "all", 16)
     expected, _ = vqrae.image_codes(model, clean, tmp_path / "codes")
@@ -2307,8 +2305,6 @@ def test_a_captioner_remembers_the_size_of_its_images(tmp_path):
 
 @pytest.mark.parametrize("change", [["--encoder", "{tmp}/other"], ["--data", "{tmp}/renamed"]])
 def test_a_captioner_is_not_resumed_on_another_encoder_or_other_words(caption_run, photo_folder, tmp_path, change):
-    import shutil
-
     train.main(caption_run)
     torch.manual_seed(7)
     vqrae.save_encoder(vqrae.Encoder(small_vit()), tmp_path / "other")

@@ -632,14 +632,19 @@ class CaptionRun(Run):
     def step(self, batch):
         """One update on uint8 images and their places in the training set."""
         images, places = batch
-        tokens = self.token_count(self.train_images, places) / len(places)  # of a caption, on average
+
+        def tokens_per_image(places):
+            return self.token_count(self.train_images, places) / len(places)
+
+        # Parts and ranks are weighed by their images, and this loss is a mean over tokens.
+        usual = torch.tensor(tokens_per_image(places), dtype=torch.float64,
+                             device=self.device if self.ranks > 1 else "cpu")
+        self.over_ranks([usual])
 
         def losses(part):
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
                 loss = self.loss(self.forward, self.train_images, images[part], places[part])
-            if len(places[part]) < len(places):  # parts are weighed by their images, and ours is a mean over tokens
-                loss = loss * (self.token_count(self.train_images, places[part]) / len(places[part]) / tokens)
-            return loss, {}
+            return loss * (tokens_per_image(places[part]) / usual.item()), {}
 
         self.descend(losses)
 

@@ -1112,9 +1112,9 @@ class VisualLM(nn.Module):
         h = self.config.head_width
         frequency = self.config.rope_theta ** -(torch.arange(0, h, 2, device=x.device).float() / h)  # (h/2,)
         position = torch.arange(done, done + n, device=x.device)  # (n,)
-        angle = (position[:, None] * frequency).repeat(1, 2)  # (n, h)
-        half = torch.ones(h, device=x.device).index_fill_(0, torch.arange(h // 2, device=x.device), -1.0)  # (h,)
-        turn = torch.stack([angle.cos(), angle.sin() * half])  # (2, n, h)
+        angle = position[:, None] * frequency  # (n, h/2)
+        cos, sin = angle.cos(), angle.sin()
+        turn = torch.stack([torch.cat([cos, cos], dim=1), torch.cat([-sin, sin], dim=1)])  # (2, n, h), for `rotate`
         past = torch.arange(done + n, device=x.device)  # (m,)
         visible = (past <= position[:, None])[None, None]  # (1, 1, n, m)
         if first is not None:
