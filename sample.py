@@ -26,6 +26,7 @@ from PIL import Image, ImageDraw
 from torchvision.transforms import functional as pixels
 from tqdm import tqdm
 
+import unitok
 import vqrae
 from train import choose_device, number, one_sentence_errors
 from vqrae import InputError
@@ -33,7 +34,7 @@ from vqrae import InputError
 
 def load_tokenizer(args, device):
     """The VQRAE in --model; --image-size becomes its own unless it is given."""
-    model = vqrae.VQRAE.from_pretrained(args.model).to(device)
+    model = unitok.load_tokenizer(args.model).to(device)
     args.image_size = args.image_size or model.config.image_size
     return model
 
@@ -59,7 +60,7 @@ def reconstruct(args, device):
 
     Without files, reconstructions.png shows images from all over a split of --data.
     """
-    models = [load_tokenizer(args, device)] + [vqrae.VQRAE.from_pretrained(folder).to(device) for folder in args.beside]
+    models = [load_tokenizer(args, device)] + [unitok.load_tokenizer(folder).to(device) for folder in args.beside]
     args.out.mkdir(parents=True, exist_ok=True)
     if not args.images:
         images = vqrae.ImageSet(args.data, args.split, args.image_size).spread(24).to(device)
@@ -135,6 +136,9 @@ def evaluate_tokenizer(args, device):
             train_images = vqrae.ImageSet(args.data, "train", args.image_size)
             result["understanding"] = vqrae.understanding(model, teacher, train_images, images, args.batch_size, device)
             print_understanding(result["understanding"])
+            if getattr(model, "tower", None) is not None:
+                result["zero_shot"] = unitok.zero_shot(model, train_images.records, images, args.batch_size, device)
+                print(f"{'zero_shot':20} {result['zero_shot']:.4f}")
         else:
             print(f"understanding is left out: {args.teacher} is of other sizes than the encoder of {args.model}; "
                   "--teacher names the encoder that it was trained from", file=sys.stderr)
@@ -237,8 +241,8 @@ def caption(args, device):
 
 def load_generator(args, device):
     """The VisualLM in --model, and beside it the VQRAE whose codes it writes."""
-    lm = vqrae.VisualLM.from_pretrained(args.model).to(device)
-    model = vqrae.VQRAE.from_pretrained(args.model / "vqrae").to(device)
+    lm = unitok.load_language_model(args.model).to(device)
+    model = unitok.load_tokenizer(args.model / "vqrae").to(device)
     if lm.config.codebook_size != model.config.codebook_size:
         raise InputError(f"{args.model} writes {lm.config.codebook_size} codes and the tokenizer in {args.model}/vqrae "
                          f"has {model.config.codebook_size}; they were not trained together")
@@ -383,7 +387,8 @@ def export(args, device):
         shards.append({"file": path.name, "images": len(places), "names": [records[i].get("name") for i in places],
                        "captions": [vqrae.caption_of(records[i]) for i in places]})
     rows, columns = (args.image_size // model.config.encoder.patch_size,) * 2
-    index = {"codebook_size": model.config.codebook_size, "tokens_per_image": rows * columns, "digest": digest,
+    index = {"codebook_size": model.config.codebook_size, "codebooks": getattr(model.config, "codebooks", 1),
+             "tokens_per_image": rows * columns, "digest": digest,
              "shards": shards}
     (args.out / "index.json.tmp").write_text(json.dumps(index))
     (args.out / "index.json.tmp").replace(args.out / "index.json")
@@ -399,7 +404,11 @@ def codes(args, device):
     images = vqrae.ImageSet(args.data, args.split, args.image_size)
     p, everything, places = model.config.encoder.patch_size, [], defaultdict(list)
     for batch in images.batches(range(len(images)), args.batch_size):
-        _, indices = model.encode(batch.to(device).float() / 255)  # (B, N)
+        _, indices = model.encode(batch.to(device).float() / 255)  # (B, N), or (B, N, M) with M codebooks
+        if indices.dim() == 3:
+            if args.codebook >= indices.shape[2]:
+                raise InputError(f"--codebook {args.codebook}: {args.model} has codebooks 0 to {indices.shape[2] - 1}")
+            indices = indices[..., args.codebook]
         for image, row in zip(batch, indices.tolist()):
             for token, code in enumerate(row):
                 places[code].append((len(everything), token))
@@ -488,6 +497,8 @@ def parse_args(argv=None):
             sub.add_argument("--shard-size", type=number(int), default=10000, help="images to a shard of tokens")
         if command is codes:
             sub.add_argument("--codes", type=number(int), default=16, help="how many codes to draw")
+            sub.add_argument("--codebook", type=number(int, zero=True), default=0, help="of which codebook, if a model "
+                             "has several")
             sub.add_argument("--patches", type=number(int), default=16, help="how many patches of each")
     return parser.parse_args(argv)
 

@@ -888,7 +888,7 @@ def test_a_resumed_order_is_the_rest_of_the_order_and_an_epoch_shows_every_image
 
 def make_run(arguments):
     args = train.parse_args(arguments)
-    return train.STAGES[args.stage](args, train.settings_for(args, args.stage))
+    return train.make_run(args, train.settings_for(args, args.stage))
 
 
 def take_steps(run, count):
@@ -955,7 +955,7 @@ def assert_resume_is_exact(command, tmp_path):
     class Stopped(Exception):
         pass
 
-    kind = train.STAGES[command[1]]
+    kind = type(make_run(command))
     steps = kind.step
     for stop_at in (2, 5):  # one before the first checkpoint, one between two checkpoints
         def step(run, batch):
@@ -2010,14 +2010,14 @@ def test_the_encoder_inside_a_vqrae_loads_like_any_encoder(tmp_path):
 @pytest.mark.parametrize("ablation, every", [("codebook", 5), ("strategy", 3)])
 def test_an_ablation_goes_on_row_by_row_and_ends_in_a_table_and_a_plot(short_run, tmp_path, monkeypatch, ablation,
                                                                        every):
-    make_rows, columns = train.ABLATIONS[ablation]
+    make_rows, *columns = train.ABLATIONS[ablation]
 
     def few_small_rows(args):
         return [(keys, seed, [(stage, {**changes, **({"codebook_size": 32} if stage == "1" else {})})
                               for stage, changes in stages])
                 for keys, seed, stages in list(make_rows(args))[::every]]
 
-    monkeypatch.setitem(train.ABLATIONS, ablation, (few_small_rows, columns))
+    monkeypatch.setitem(train.ABLATIONS, ablation, (few_small_rows, *columns))
     trained, real = [], train.train
 
     def interrupted(run):

@@ -32,6 +32,7 @@ import torch.distributed as dist
 from torch import nn
 from tqdm import tqdm
 
+import unitok
 import vqrae
 from vqrae import InputError
 
@@ -59,7 +60,8 @@ def parse_args(argv=None):
                          "2: train the encoder too, from a model of stage 1; ar: a transformer that predicts codes "
                          "from text; caption: one that writes captions of an encoder's features")
     command.add_argument("--ablate", choices=list(ABLATIONS), help="many short runs and a table of them; codebook: "
-                         "Table 5, its dimension and size; strategy: Table 6, when and how the encoder trains")
+                         "Table 5, its dimension and size; strategy: Table 6, when and how the encoder trains; "
+                         "quantizer: what VQRAE's quantizer and UniTok's buy; supervision: pixels, captions or both")
     add("--init", type=Path, help="stage 2: the model of stage 1 to start from (default: out/stage1)")
     add("--preset", choices=list(vqrae.PRESETS), default="tiny", help="the settings that the flags below change")
     for name, field in SETTINGS.items():
@@ -95,6 +97,9 @@ def settings_for(args, stage):
         raise InputError(f"--preset {args.preset} has no settings for --stage {stage}")
     config = vqrae.PRESETS[args.preset][stage]
     given = {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}
+    if stage == "1" and (args.quantizer in unitok.QUANTIZERS or unitok.DEFAULTS.keys() & given.keys()
+                         or args.ablate in ("quantizer", "supervision")):
+        config = unitok.UniTokTraining(**asdict(config), **unitok.DEFAULTS)
     for name in given:
         flag = f"--{name.replace('_', '-')}"
         if args.stage == "2" and name in vqrae.FIXED_BY_STAGE_1:
@@ -343,7 +348,7 @@ class TokenizerRun(Run):
             model = self.new_model()
         else:
             self.init = args.init or Path("out/stage1")
-            model = vqrae.VQRAE.from_pretrained(self.init)
+            model = unitok.load_tokenizer(self.init)
             for name in vqrae.FIXED_BY_STAGE_1:
                 setattr(config, name, getattr(model.config, name, None))
             self.init_digest = hashlib.sha256((self.init / "model.safetensors").read_bytes()).hexdigest()
@@ -382,12 +387,15 @@ class TokenizerRun(Run):
         if config.image_size * q // p < max(11, 2 * p):
             raise InputError(f"images of {config.image_size * q // p} pixels would come out; SSIM needs 11 and the "
                              f"perceptual loss {2 * p}: choose a larger --image-size or --output-patch-size")
-        model = vqrae.VQRAE(vqrae.VQRAEConfig(
-            encoder=encoder.config, image_size=config.image_size, output_patch_size=q,
-            codebook_size=config.codebook_size, codebook_dim=config.codebook_dim, quantizer=config.quantizer,
-            beta_side=config.beta_side))
+        sizes = dict(encoder=encoder.config, image_size=config.image_size, output_patch_size=q,
+                     codebook_size=config.codebook_size, codebook_dim=config.codebook_dim, quantizer=config.quantizer,
+                     beta_side=config.beta_side)
+        model = self.build(sizes)
         model.encoder = encoder
         return model
+
+    def build(self, sizes):
+        return vqrae.VQRAE(vqrae.VQRAEConfig(**sizes))
 
     def settings(self):
         settings = {**super().settings(), "encoder": json.loads(json.dumps(asdict(self.model.config.encoder)))}
@@ -418,8 +426,17 @@ class TokenizerRun(Run):
                 dist.broadcast(tensor, src=0)
         self.average.load_state_dict(self.model.state_dict())
 
+    def export(self):
+        if isinstance(self.average, unitok.UniTok):
+            self.average.fit_reading(self.train_images, 64, self.device, self.workers)
+        super().export()
+
     def batches(self):
         return self.train_images.batches(self.order(), self.config.batch_size // self.ranks, self.workers)
+
+    def supervise(self, loss, terms, out, part):
+        """What a stage adds to the loss of a part of the batch and to its terms: here nothing."""
+        return loss, terms
 
     def step(self, batch):
         """One update on a batch of uint8 images."""
@@ -436,6 +453,7 @@ class TokenizerRun(Run):
                     images, out, self.perceptual, config.perceptual_weight, config.quantizer_weight, generator,
                     teacher_features, config.distillation_weight, self.discriminator if adversarial else None,
                     config.adversarial_weight)
+                loss, terms = self.supervise(loss, terms, out, part)
             reconstruction = out.reconstruction.detach().float()
             target = vqrae.resize_to(images, reconstruction)
             if adversarial:
@@ -446,7 +464,7 @@ class TokenizerRun(Run):
                 self.note({"train_psnr": vqrae.psnr(target, reconstruction.clamp(0, 1)).mean(),
                            "z_norm": out.z.norm(dim=-1).mean(), "code_norm": out.z_q.norm(dim=-1).mean()})
                 if out.indices is not None:
-                    self.note({"code_counts": torch.bincount(out.indices.flatten(), minlength=config.codebook_size)})
+                    self.note({"code_counts": self.model.count(out.indices)})
             return loss, terms
 
         others = [("discriminator_grad_norm", list(self.discriminator.parameters()), self.discriminator_optimizer,
@@ -485,6 +503,9 @@ class TokenizerRun(Run):
             counts = vqrae.count_codes(self.average, self.train_images, 64, self.device, self.workers)
             summary["train_utilization"], summary["train_perplexity"] = vqrae.codebook_usage(counts)
             summary["train_tokens"] = int(counts.sum())
+            if isinstance(self.average, unitok.UniTok):
+                each = [vqrae.codebook_usage(part) for part in counts.view(self.average.config.codebooks, -1)]
+                summary["train_utilization_of_each"], summary["train_perplexity_of_each"] = map(list, zip(*each))
         return summary
 
     @torch.no_grad()
@@ -493,10 +514,56 @@ class TokenizerRun(Run):
         images = self.val_images.spread(24).to(self.device)
         models = [self.average]
         if self.args.stage == "2":
-            models.insert(0, vqrae.VQRAE.from_pretrained(self.init).to(self.device))
+            models.insert(0, unitok.load_tokenizer(self.init).to(self.device))
         versions = [images] + [model(images).reconstruction for model in models]
         vqrae.save_side_by_side(versions, self.args.out / "reconstructions.png")
         return "reconstructions.png (originals left, then reconstructions)"
+
+
+class UniTokRun(TokenizerRun):
+    """Stage 1 of a model of `unitok.py`: other quantizers and projections, and captions as a second supervision."""
+
+    def build(self, sizes):
+        config, tower, text = self.config, None, None
+        if config.contrastive != "none":
+            texts = [vqrae.caption_of(record) for record in vqrae.ImageSet(config.data, "train", 64).records]
+            if not any(texts):
+                raise InputError(f"--contrastive needs captions: put the images in {config.data} into one folder per "
+                                 "class")
+            text = vqrae.train_text_tokenizer(texts, unitok.TOWER.text_vocabulary)
+            tower = replace(unitok.TOWER, text_vocabulary=text.get_vocab_size())
+        return unitok.UniTok(unitok.UniTokConfig(
+            **sizes, codebooks=config.codebooks, projection=config.projection, latent_noise=config.latent_noise,
+            text=tower), text)
+
+    def batches(self):
+        return self.train_images.batches(self.order(), self.config.batch_size // self.ranks, self.workers, indices=True)
+
+    def step(self, batch):
+        """One update on uint8 images and their places in the training set."""
+        images, places = batch
+        self.captions = [vqrae.caption_of(self.train_images.records[place]) for place in places]
+        torch.manual_seed(self.generator().initial_seed())  # of the noise on latents: the same after an interruption
+        super().step(images)
+
+    def supervise(self, loss, terms, out, part):
+        config = self.config
+        of_pixels = terms["mse"] + config.perceptual_weight * terms.get("perceptual", 0.0)
+        loss = loss + (config.reconstruction_weight - 1) * of_pixels
+        if config.contrastive != "none":
+            terms["contrastive"] = self.model.contrast(out.z_q, self.captions[part], config.contrastive,
+                                                       read_along=config.contrastive_weight == 0)
+            loss = loss + (config.contrastive_weight or 1.0) * terms["contrastive"]
+        return loss, terms
+
+    def summary(self):
+        summary = super().summary()
+        if self.config.quantizer != "none":
+            summary["bits_per_image"] = self.average.bits_per_image(self.tokens_per_image)
+        if self.config.contrastive != "none":
+            summary["val_zero_shot"] = unitok.zero_shot(self.average, self.train_images.records, self.val_images, 64,
+                                                        self.device, self.workers)
+        return summary
 
 
 class GenerationRun(Run):
@@ -504,7 +571,7 @@ class GenerationRun(Run):
 
     def __init__(self, args, config):
         super().__init__(args, config)
-        self.tokenizer = vqrae.VQRAE.from_pretrained(config.tokenizer).to(self.device)
+        self.tokenizer = unitok.load_tokenizer(config.tokenizer).to(self.device)
         if self.tokenizer.config.quantizer == "none":
             raise InputError(f"the model in {config.tokenizer} has no codes to predict (--quantizer none)")
         self.read_images(self.tokenizer.config.image_size)
@@ -524,6 +591,8 @@ class GenerationRun(Run):
             print("no captions: images lie in no folder of a class, so the model learns to write images of no name")
         torch.manual_seed(args.seed)  # again: reading images has drawn from it, reading cached codes has not
         model = language_model(config, texts, self.tokenizer.config.codebook_size, self.tokens_per_image)
+        if self.codes["train"].dim() == 3:  # several codes at every place
+            model = unitok.DepthLM.around(model, self.tokenizer.config.codebooks)
         model.to(self.device)
         self.set_up(model, model.loss)
 
@@ -551,7 +620,8 @@ class GenerationRun(Run):
                     for index, a, b in zip(indices, without_caption.tolist(), without_style.tolist())]
         prompts = [self.model.prompt(caption) for caption in captions]
         codes = self.codes["train"][indices]  # (B, N)
-        misread = vqrae.misread(codes, config.code_noise, generator)  # (B, N)
+        places = torch.arange(codes.shape[0] * codes.shape[1]).view(codes.shape[:2])  # a place has one code or several
+        misread = codes.flatten(0, 1)[vqrae.misread(places, config.code_noise, generator)]  # (B, N)
         prompts, codes, misread = (all_of_them[self.rank::self.ranks] for all_of_them in (prompts, codes, misread))
 
         def losses(part):
@@ -683,10 +753,17 @@ def language_model(config, texts, codebook_size=0, image_tokens=0):
         head_width=config.head_width, mlp_width=config.mlp_width), text)
 
 
+def make_run(args, config):
+    """The Run of the stage that the settings are for."""
+    if isinstance(config, unitok.UniTokTraining):
+        return UniTokRun(args, config)
+    return STAGES[args.stage](args, config)
+
+
 STAGES = {"1": TokenizerRun, "2": TokenizerRun, "ar": GenerationRun, "caption": CaptionRun}
 
 # Every setting of every stage, by name; each is a flag.
-SETTINGS = {field.name: field for config in (vqrae.CaptionConfig, vqrae.GenerationConfig, vqrae.TrainingConfig)
+SETTINGS = {field.name: field for config in (vqrae.CaptionConfig, vqrae.GenerationConfig, unitok.UniTokTraining)
             for field in fields(config) if "help" in field.metadata}
 
 
@@ -717,7 +794,8 @@ def draw_curves(lines, path):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    panels = {"loss terms": ["loss", "mse", "perceptual", "codebook", "commitment", "distillation", "val_loss"],
+    panels = {"loss terms": ["loss", "mse", "perceptual", "codebook", "commitment", "distillation", "contrastive",
+                              "val_loss"],
               "PSNR, dB": ["train_psnr", "val_psnr"], "utilization": ["train_utilization", "val_utilization"],
               "perplexity": ["train_perplexity", "val_perplexity"], "norms": ["z_norm", "code_norm"],
               "discriminator": ["hinge", "real_logit", "fake_logit"], "gradient": ["grad_norm"]}
@@ -930,12 +1008,59 @@ def strategy_rows(args):
             yield {"strategy": name}, seed, runs
 
 
+# UniTok's shape: 8 dimensions for each of 8 codebooks, and attention that goes from our encoder's 192 to their sum.
+UNITOK = {"quantizer": "mcq", "codebooks": 8, "codebook_dim": 64}
+
+
+def quantizer_rows(args):
+    """UniTok's Tables 7 and 8, and the choices of VQRAE beside them: one number of codes in all, one width of z."""
+    chosen = ("quantizer", "codebooks", "projection", "latent_noise", "codebook_init", "codebook_dim", "contrastive")
+    given = [name for name in chosen if getattr(args, name) is not None]
+    if given:
+        raise InputError(f"--ablate quantizer chooses --{given[0].replace('_', '-')} itself")
+    for name, changes, claims in [
+        ("vq", {"quantizer": "vq", "codebooks": 1}, False),
+        ("simvq, Gaussian start", {"quantizer": "simvq", "codebooks": 1, "codebook_init": "gaussian"}, False),
+        ("simvq", {"quantizer": "simvq", "codebooks": 1}, True),
+        ("mcq 1", {"codebooks": 1}, True),
+        ("mcq 2", {"codebooks": 2}, False),
+        ("mcq 4", {"codebooks": 4}, False),
+        ("mcq 8", {}, True),
+        ("mcq 8 of simvq", {"quantizer": "mcq-simvq"}, True),
+        ("rq 8", {"quantizer": "rq"}, True),
+        ("mcq 8, attention", {"projection": "attention"}, True),
+        ("none", {"quantizer": "none", "codebooks": 1}, False),
+        ("none, RAE's noise", {"quantizer": "none", "codebooks": 1, "latent_noise": 0.8}, False),
+    ]:
+        for seed in range(args.seed, args.seed + (3 if claims else 1)):
+            yield {"quantizer": name}, seed, [("1", {"steps": args.steps or 400, **UNITOK, **changes})]
+
+
+def supervision_rows(args):
+    """UniTok's Table 6: what the encoder, free to move, learns from pixels, from captions, and from both."""
+    rate = vqrae.PRESETS[args.preset]["2"].encoder_learning_rate
+    for name, changes in {
+        "reconstruction": {"contrastive_weight": 0.0},
+        "contrastive": {"reconstruction_weight": 0.0},
+        "both": {},
+    }.items():
+        for seed in range(args.seed, args.seed + 3):
+            yield {"supervision": name}, seed, [("1", {
+                "steps": args.steps or 400, "encoder_learning_rate": rate, "contrastive": args.contrastive or "sigmoid",
+                **UNITOK, **changes})]
+
+
 ABLATIONS = {
-    # rows, and the columns of the table
+    # rows, the columns of the table, and those that are drawn
     "codebook": (codebook_rows, ["train_utilization", "train_perplexity", "val_perplexity", "val_psnr", "val_ssim",
-                                 "val_frechet_teacher"]),
-    "strategy": (strategy_rows, ["val_psnr", "val_ssim", "val_frechet_teacher", "train_utilization",
-                                 "category_transfer", "category_probe", "category_neighbours", "cosine"]),
+                                 "val_frechet_teacher"], 5),
+    "strategy": (strategy_rows, ["val_psnr", "category_transfer", "category_probe", "val_ssim", "val_frechet_teacher",
+                                 "train_utilization", "category_neighbours", "cosine"], 3),
+    "quantizer": (quantizer_rows, ["val_psnr", "val_frechet_teacher", "category_transfer", "val_ssim", "bits_per_image",
+                                   "train_utilization", "worst_utilization", "train_perplexity", "category_probe",
+                                   "seconds"], 3),
+    "supervision": (supervision_rows, ["val_psnr", "val_zero_shot", "val_ssim", "val_frechet_teacher",
+                                       "train_utilization", "category_probe", "seconds"], 2),
 }
 
 
@@ -947,7 +1072,7 @@ def ablate(args):
     if args.overwrite or args.init or args.benchmark or args.print_config:
         raise InputError("--ablate goes with none of --overwrite, --init, --benchmark and --print-config; another "
                          "--out starts it anew")
-    make_rows, columns = ABLATIONS[args.ablate]
+    make_rows, columns, drawn = ABLATIONS[args.ablate]
     rows, results = list(make_rows(args)), {}
     for place, (keys, seed, stages) in enumerate(rows, 1):
         name = "-".join(str(value).replace(",", "").replace(" ", "_") for value in keys.values())
@@ -962,36 +1087,39 @@ def ablate(args):
         if row.get("settings") != settings:
             raise InputError(f"{folder} was run with other settings than these; choose another --out")
         results.setdefault(tuple(keys.items()), []).append(row)
-    write_ablation(args, results, columns)
+    write_ablation(args, results, columns, columns[:drawn])
 
 
 def run_row(args, folder, seed, configs):
     """Train the stages of one row of an ablation, or what is left of them, and return the last one's figures."""
     for stage, config in configs:
         init = folder / "stage1" if stage == "2" else None
-        run = TokenizerRun(argparse.Namespace(**{
+        run = make_run(argparse.Namespace(**{
             **vars(args), "stage": stage, "seed": seed, "init": init, "resume": True, "out": folder / f"stage{stage}"}),
             config)
-        if (run.args.out / "summary.json").exists():
-            run.load()
-        else:
+        if not (run.args.out / "summary.json").exists():
             train(run)
     result = vqrae.read_json(run.args.out / "summary.json")
-    if args.ablate == "strategy":
-        read = vqrae.understanding(run.average, run.teacher, run.train_images, run.val_images, device=run.device,
+    if args.ablate != "codebook":
+        # A strategy is about the encoder, a quantizer about what its codes keep; without one z itself is kept.
+        kind = "discrete" if args.ablate != "strategy" and config.quantizer != "none" else "continuous"
+        model = unitok.load_tokenizer(run.args.out).to(run.device)
+        read = vqrae.understanding(model, run.teacher, run.train_images, run.val_images, device=run.device,
                                    workers=run.workers)
-        result.update(read.get("continuous", {}))
+        result.update(read.get(kind, {}))
+    if "train_utilization_of_each" in result:
+        result["worst_utilization"] = min(result["train_utilization_of_each"])
     return result
 
 
-def write_ablation(args, results, columns):
+def write_ablation(args, results, columns, shown):
     """table.md (means over seeds, with the standard deviation) and plot.png."""
     lines = []
     for keys, rows in results.items():
         cells = [str(value) for _, value in keys] + [str(len(rows))]
         for column in columns:
             values = torch.tensor([row[column] for row in rows if column in row], dtype=torch.float64)
-            digits = 1 if "perplexity" in column else 2 if "psnr" in column else 3
+            digits = {"val_psnr": 2, "seconds": 0, "bits_per_image": 0}.get(column, 1 if "perplexity" in column else 3)
             spread = f" ± {values.std():.{digits}f}" if len(values) > 1 else ""
             cells.append(f"{values.mean():.{digits}f}{spread}" if len(values) else "-")
         if not lines:
@@ -1005,7 +1133,6 @@ def write_ablation(args, results, columns):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    shown = columns[:5] if args.ablate == "codebook" else ["val_psnr", "category_transfer", "category_probe"]
     figure, axes = plt.subplots(1, len(shown), figsize=(4 * len(shown), 3.4))
 
     def mean(rows, column):
@@ -1025,7 +1152,7 @@ def write_ablation(args, results, columns):
             axis.minorticks_off()
             axis.legend(fontsize=8)
         else:
-            names = [dict(keys)["strategy"] for keys in results]
+            names = [", ".join(str(value) for _, value in keys) for keys in results]
             axis.barh(names[::-1], [mean(rows, column) for rows in results.values()][::-1])
             axis.set(title=column)
             axis.tick_params(labelleft=axis is axes[0])
@@ -1077,7 +1204,7 @@ def main(argv=None):
             fixed = vqrae.FIXED_BY_STAGE_1 if args.stage == "2" else ()
             print(json.dumps({name: value for name, value in settings.items() if name not in fixed}, indent=2))
             return
-        run = STAGES[args.stage](args, config)
+        run = make_run(args, config)
         benchmark(run) if args.benchmark else train(run)
 
 

@@ -395,7 +395,8 @@ def load_encoder(source):
     folder = hub_folder(source)
     hub = read_json(folder / "config.json")
     if "codebook_dim" in hub:
-        return VQRAE.from_pretrained(folder).encoder
+        return load_model(folder, "VQRAE", "--stage 1 makes one", lambda saved: nn.ModuleDict(
+            {"encoder": Encoder(ViTConfig(**saved["encoder"]))}))["encoder"]
     hub = hub.get("vision_config", hub)  # SigLIP and CLIP come with their text half, InternViT with a language model
     kind = hub.get("model_type")
     if kind not in FAMILIES:
@@ -677,6 +678,10 @@ class VQRAE(nn.Module):
         with torch.autocast(features.device.type, enabled=False):
             return self.project_in(self.standardise(features.float()))
 
+    def count(self, indices):
+        """How often each of the K codes is among indices -> (K,) int64."""
+        return torch.bincount(indices.flatten(), minlength=self.config.codebook_size)
+
     def features_of(self, z):
         """The features (B, N, d) that project to z (B, N, e), by least squares: codes in the encoder's own terms."""
         inverse = torch.linalg.pinv(self.project_in.weight)  # (d, e)
@@ -726,9 +731,12 @@ class VQRAE(nn.Module):
             # all of them, k-means spends a fifth of the codes there, and those die first once the encoder trains.
             spread = patches.unflatten(1, (3, -1)).std(2).amax(1)  # (n,)
             kept = (spread > 0.01) | (torch.rand(len(spread), generator=generator).to(spread.device) < 0.1)
-            if kept.sum() < len(self.quantizer.codebook):
+            if kept.sum() < self.config.codebook_size:
                 kept[:] = True  # too few others to start from
-            start_codebook(self.quantizer, self.project_features(features[kept]), generator=generator)
+            self.start_codes(self.project_features(features[kept]), generator)
+
+    def start_codes(self, z, generator):
+        start_codebook(self.quantizer, z, generator=generator)
 
     def start_projections(self, features, patches, generator):
         """`--projection-init pixels`: a distance between two z is half one of features, half one of what they tell.
@@ -1179,16 +1187,22 @@ class VisualLM(nn.Module):
         weight = self.embedding.weight
         cache = KeyValueCache(self.config, len(tokens), tokens.shape[1] + count, weight.device, weight.dtype)
         codes = []
-        for _ in progress(range(count)):
-            x = self.transform(self.embedding(tokens), first, cache)[:, -1]  # (B or 2B, d)
-            logits = (x @ weight[V:].T).float()  # (B or 2B, K): only codes may follow
+
+        def pick(logits):  # (B or 2B, K) -> (B,)
             if guided:
                 with_caption, without_caption = logits.chunk(2)
                 logits = without_caption + cfg_scale * (with_caption - without_caption)
-            code = choose(logits, temperature, top_k, top_p, generator)  # (B,)
-            codes.append(code)
-            tokens = (V + code).repeat(2 if guided else 1)[:, None]  # (B or 2B, 1)
+            return choose(logits, temperature, top_k, top_p, generator)
+
+        for _ in progress(range(count)):
+            x = self.transform(self.embedding(tokens), first, cache)[:, -1]  # (B or 2B, d)
+            codes.append(self.draw(x, pick))  # (B,)
+            tokens = torch.cat([V + codes[-1]] * (2 if guided else 1))[:, None]  # (B or 2B, 1)
         return torch.stack(codes, dim=1)  # (B, count)
+
+    def draw(self, x, pick):
+        """The codes (B,) that `pick` takes by the logits of what follows x (B or 2B, d): only codes may follow."""
+        return pick((x @ self.embedding.weight[self.config.text_vocabulary:].T).float())
 
     def save_pretrained(self, folder):
         """Write config.json, model.safetensors and tokenizer.json."""
@@ -1557,7 +1571,7 @@ def evaluate(model, images, batch_size=64, device="cpu", workers=0, frechet_enco
             for side, part in zip(features, (x, y)):
                 side.append(pooled_features(frechet_encoder, [part]))
         if out.indices is not None:
-            counts += torch.bincount(out.indices.flatten().cpu(), minlength=len(counts))
+            counts += model.count(out.indices).cpu()
     result = {name: torch.cat(values).double().mean().item() for name, values in scores.items()}
     across, elsewhere = torch.cat(seams, dim=1).double().mean(1)
     if (across / elsewhere).isfinite():  # there are seams and there is an elsewhere
@@ -1653,7 +1667,7 @@ def count_codes(model, images, batch_size=64, device="cpu", workers=0):
     """How often each code is chosen in one pass over an ImageSet, evaluation views -> (K,) int64."""
     counts = torch.zeros(model.config.codebook_size, dtype=torch.int64)
     for batch in images.batches(range(len(images)), batch_size, workers):
-        counts += torch.bincount(model.encode(batch.to(device).float() / 255)[1].flatten().cpu(), minlength=len(counts))
+        counts += model.count(model.encode(batch.to(device).float() / 255)[1]).cpu()
     return counts
 
 
