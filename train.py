@@ -59,9 +59,10 @@ def parse_args(argv=None):
     command.add_argument("--stage", choices=list(STAGES), help="1: frozen encoder, train codebook and decoder; "
                          "2: train the encoder too, from a model of stage 1; ar: a transformer that predicts codes "
                          "from text; caption: one that writes captions of an encoder's features")
-    command.add_argument("--ablate", choices=list(ABLATIONS), help="many short runs and a table of them; codebook: "
-                         "Table 5, its dimension and size; strategy: Table 6, when and how the encoder trains; "
-                         "quantizer: what VQRAE's quantizer and UniTok's buy; supervision: pixels, captions or both")
+    command.add_argument("--ablate", choices=["collapse", *ABLATIONS], help="many short runs and a "
+                         "table of them; codebook: Table 5, its dimension and size; strategy: Table 6, when and how the encoder trains; "
+                         "quantizer: what VQRAE's quantizer and UniTok's buy; supervision: pixels, captions or both; "
+                         "collapse: a picture of codebooks that die and of one that lives")
     add("--init", type=Path, help="stage 2: the model of stage 1 to start from (default: out/stage1)")
     add("--preset", choices=list(vqrae.PRESETS), default="tiny", help="the settings that the flags below change")
     for name, field in SETTINGS.items():
@@ -1069,9 +1070,6 @@ def ablate(args):
 
     What is done is not done again: the same command goes on where it stopped, row by row and step by step.
     """
-    if args.overwrite or args.init or args.benchmark or args.print_config:
-        raise InputError("--ablate goes with none of --overwrite, --init, --benchmark and --print-config; another "
-                         "--out starts it anew")
     make_rows, columns, drawn = ABLATIONS[args.ablate]
     rows, results = list(make_rows(args)), {}
     for place, (keys, seed, stages) in enumerate(rows, 1):
@@ -1110,6 +1108,68 @@ def run_row(args, folder, seed, configs):
     if "train_utilization_of_each" in result:
         result["worst_utilization"] = min(result["train_utilization_of_each"])
     return result
+
+
+COLLAPSE = {
+    # Title, and the settings of a codebook whose first steps are drawn.
+    "plain VQ, Gaussian start": {"quantizer": "vq", "codebook_init": "gaussian"},
+    "plain VQ, from data": {"quantizer": "vq", "codebook_init": "data"},
+    "SimVQ, Gaussian start": {"quantizer": "simvq", "codebook_init": "gaussian"},
+    "SimVQ, from data (default)": {"quantizer": "simvq", "codebook_init": "data"},
+}
+
+
+def collapse(args):
+    """Draw collapse.png: how codes and features move in the first steps of a training, a row for every codebook.
+
+    Features of held-out tokens and codes are seen along the two directions in which features vary most at the start.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    steps = args.steps or 200
+    shown = [0, steps // 20, steps // 4, steps]
+    figure, axes = plt.subplots(len(COLLAPSE), len(shown) + 1, figsize=(3 * len(shown) + 4, 2.6 * len(COLLAPSE)))
+    for row, (title, changes) in zip(axes, COLLAPSE.items()):
+        run = make_run(argparse.Namespace(**{**vars(args), "stage": "1"}),
+                       replace(settings_for(args, "1"), steps=steps, **changes))
+        run.start()
+        images = run.val_images.spread(256).to(run.device)
+        batches, used, panels = iter(run.batches()), [], iter(row)
+        for step in range(steps + 1):
+            if step in shown or step % max(1, steps // 40) == 0:
+                with torch.no_grad():
+                    z = run.model.project_features(run.model.encoder(images)).flatten(0, 1)  # (n, e)
+                    chosen = run.model.quantizer.search(z).unique()
+                    used.append((step, len(chosen)))
+                    if step == 0:
+                        centre, (_, _, axis) = z.mean(0), torch.pca_lowrank(z, 2)  # (e,), (e, 2)
+                        corner = ((z - centre) @ axis).abs().quantile(0.995, dim=0).cpu()  # (2,)
+                    if step in shown:
+                        codes = run.model.quantizer.lookup(torch.arange(run.config.codebook_size, device=z.device))
+                        panel, mask = next(panels), torch.zeros(len(codes), dtype=torch.bool)
+                        mask[chosen.cpu()] = True
+                        flat_z, flat = (((x - centre) @ axis).cpu() for x in (z, codes))
+                        for points, colour, label in ((flat_z, "lightgrey", "features"),
+                                                      (flat[mask], "tab:blue", "codes in use"),
+                                                      (flat[~mask], "tab:red", "codes nobody chooses")):
+                            panel.scatter(*points.T, s=3, c=colour, linewidths=0, label=label)
+                        panel.set(xlim=(-1.6 * corner[0], 1.6 * corner[0]), ylim=(-1.6 * corner[1], 1.6 * corner[1]),
+                                  xticks=[], yticks=[], title=f"step {step}: {len(chosen):,} codes in use")
+            if step < steps:
+                run.step(next(batches))
+        row[0].set_ylabel(title)
+        row[-1].plot(*zip(*used))
+        row[-1].set(title=f"of {len(codes):,} codes in use", xlabel="step", ylim=(0, len(codes)))
+        print(f"{title}: {', '.join(f'{count} codes in use at step {step}' for step, count in used if step in shown)}")
+    axes[0, 0].legend(fontsize=7, markerscale=4, loc="lower left")
+    args.out.mkdir(parents=True, exist_ok=True)
+    figure.tight_layout()
+    figure.savefig(args.out / "collapse.png", dpi=80)
+    plt.close(figure)
+    print(f"{args.out}/collapse.png: {len(images)} held-out images, {len(z):,} tokens")
 
 
 def write_ablation(args, results, columns, shown):
@@ -1196,7 +1256,10 @@ def main(argv=None):
         if args.ablate:
             if dist.is_initialized():
                 raise InputError("--ablate runs many small trainings one after the other; start it without torchrun")
-            ablate(args)
+            if args.overwrite or args.init or args.benchmark or args.print_config:
+                raise InputError("--ablate goes with none of --overwrite, --init, --benchmark and --print-config; "
+                                 "another --out starts it anew")
+            collapse(args) if args.ablate == "collapse" else ablate(args)
             return
         config = settings_for(args, args.stage)
         if args.print_config:
