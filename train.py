@@ -527,7 +527,7 @@ class UniTokRun(TokenizerRun):
     def build(self, sizes):
         config, tower, text = self.config, None, None
         if config.contrastive != "none":
-            texts = [vqrae.caption_of(record) for record in vqrae.ImageSet(config.data, "train", 64).records]
+            texts = [unitok.words_of(record) for record in vqrae.ImageSet(config.data, "train", 64).records]
             if not any(texts):
                 raise InputError(f"--contrastive needs captions: put the images in {config.data} into one folder per "
                                  "class")
@@ -543,7 +543,7 @@ class UniTokRun(TokenizerRun):
     def step(self, batch):
         """One update on uint8 images and their places in the training set."""
         images, places = batch
-        self.captions = [vqrae.caption_of(self.train_images.records[place]) for place in places]
+        self.captions = [unitok.words_of(self.train_images.records[place]) for place in places]
         torch.manual_seed(self.generator().initial_seed())  # of the noise on latents: the same after an interruption
         super().step(images)
 

@@ -271,6 +271,11 @@ def contrastive_loss(images, texts, scale, bias, form):
     return -F.logsigmoid(sign * logits).sum() / len(logits)
 
 
+def words_of(record):
+    """What an image shows, in words, whatever its style: the style is too easy to tell, and would be all one learns."""
+    return vqrae.caption_of(record, style=False)
+
+
 @torch.no_grad()
 def zero_shot(model, train_records, images, batch_size=64, device="cpu", workers=0):
     """Accuracy over the categories of an ImageSet that a model with a text tower reads off its discrete tokens.
@@ -282,7 +287,7 @@ def zero_shot(model, train_records, images, batch_size=64, device="cpu", workers
     means = torch.zeros(len(names), model.config.encoder.width)
     for i in range(0, len(train_records), batch_size):
         part = train_records[i:i + batch_size]
-        texts = F.normalize(model.tower([vqrae.caption_of(record) for record in part]).float(), dim=1).cpu()  # (B, w)
+        texts = F.normalize(model.tower([words_of(record) for record in part]).float(), dim=1).cpu()  # (B, w)
         means.index_add_(0, torch.tensor([names.index(record.get("category", "")) for record in part]), texts)
     right = 0
     for batch, places in images.batches(range(len(images)), batch_size, workers, indices=True):
