@@ -9,7 +9,6 @@ Shapes used in the comments, with the paper's letter where it has one:
 Images are float tensors (B, 3, H, W) in [0, 1] everywhere; each encoder applies its own mean and std.
 """
 
-import copy
 import functools
 import hashlib
 import io
@@ -1760,7 +1759,7 @@ def index_shard(path):
             rows = np.load(path.with_suffix(".npy"))  # does not unpickle
         else:
             with tarfile.open(path, "r:") as tar:
-                files = [(file.name.encode(), file.offset_data, file.size) for file in tar if file.isfile()]
+                files = [(os.fsencode(file.name), file.offset_data, file.size) for file in tar if file.isfile()]
             longest = max((len(name) for name, _, _ in files), default=1)
             rows = np.array(files, dtype=[("name", f"S{longest}"), ("offset", "<i8"), ("size", "<i8")])
         if (rows["offset"] + rows["size"]).max(initial=0) > path.stat().st_size:
@@ -1777,7 +1776,10 @@ def expand_braces(pattern):
         from webdataset.shardlists import expand_urls
     except ImportError:
         raise InputError(f"{pattern} needs a package more: pip install webdataset") from None
-    return expand_urls(pattern)
+    try:
+        return expand_urls(pattern)
+    except ValueError as error:
+        raise InputError(f"{pattern} is no pattern of names: {error}") from None
 
 
 def find_shards(folder):
@@ -1786,8 +1788,8 @@ def find_shards(folder):
         pattern = str(folder)
         return [Path(path) for path in (expand_braces(pattern) if "{" in pattern else [pattern])]
     index = read_json(folder / "index.json") if (folder / "index.json").exists() else None
-    if isinstance(index, dict) and "shards" in index:
-        return [folder / name for name in index["shards"]]
+    if isinstance(index, dict) and isinstance(index.get("shards"), list):
+        return [folder / str(name) for name in index["shards"]]
     found = sorted(folder.glob("*.tar"))
     return found if found and not any(IMAGE_NAME.fullmatch(path.name) for path in folder.iterdir()) else []
 
@@ -1809,35 +1811,24 @@ class Shards:
 
     def file(self, row):
         name, offset, size = self.rows[row].tolist()
-        return Member(self.paths[self.shard_of[row]], name.decode(errors="replace"), offset, size)
-
-    def only(self, places):
-        """The same with some of its images."""
-        part = copy.copy(self)
-        part.images = self.images[places]
-        return part
+        return Member(self.paths[self.shard_of[row]], os.fsdecode(name), offset, size)
 
     def record(self, place):
         """Name; category, the .cls or else the folder's name; caption, the .txt; where .json says them, .json's."""
         def sample(file):
-            folder, _, name = str(file).rpartition("/")
-            return folder, name.partition(".")[0]
+            return file.shard, file.name[:file.name.find(".", file.name.rfind("/") + 1)]
 
-        image, row, texts = self[place], self.images[place], {}
-        for file in map(self.file, range(max(0, row - 3), min(row + 4, len(self.rows)))):  # its neighbours
-            kind = file.name.rpartition(".")[2].lower()
-            if kind in ("cls", "txt", "json") and sample(file) == sample(image):
-                texts[kind] = file.data().decode(errors="replace").strip()
-        record = {"name": image.name, "category": texts.get("cls", Path(image.name).parent.name)}
-        if "txt" in texts:
-            record["caption"] = texts["txt"]
+        image, row = self[place], self.images[place]
+        near = map(self.file, range(max(0, row - 3), min(row + 4, len(self.rows))))
+        texts = {file.name.rpartition(".")[2].lower(): file.data().decode(errors="replace").strip() for file in near
+                 if sample(file) == sample(image) and not IMAGE_NAME.fullmatch(file.name)}
         try:
-            described = json.loads(texts.get("json", "{}"))
-        except ValueError:
-            described = None
-        if isinstance(described, dict):
-            record.update({key: str(described[key]) for key in ("category", "caption") if key in described})
-        return record
+            described = dict(json.loads(texts.get("json", "{}")))
+        except (ValueError, TypeError):  # it is no object
+            described = {}
+        found = {"category": texts.get("cls", Path(image.name).parent.name), "caption": texts.get("txt"), **described}
+        found = {key: str(found[key]) for key in ("category", "caption") if found[key] is not None}
+        return {"name": image.name, **found}
 
 
 class ImageSet(torch.utils.data.Dataset):
@@ -1889,7 +1880,10 @@ class ImageSet(torch.utils.data.Dataset):
         if divided or split == "all" or not chosen:
             return images
         places = [place for place in range(len(images)) if (place in chosen) == (split == "val")]
-        return images.only(places) if shards else [images[place] for place in places]
+        if not shards:
+            return [images[place] for place in places]
+        images.images = images.images[places]
+        return images
 
     @functools.cached_property
     def records(self):

@@ -5,16 +5,16 @@ Pack ImageNet, or any folder of images with one folder per class, once: into tar
     python data/imagenet/prepare.py --source DIR --out OUT --size 512 --workers 16
     python train.py --stage 1 --data data/imagenet/packed ...
 
-Without val/ a twentieth of the images is held out, the same that train.py holds out of a plain folder. The shorter side
-of an image becomes --size pixels, bicubic and antialiased; smaller images keep theirs. What is resized is written as a
-JPEG of --quality, which is a sixth or so of its pixels' bytes and quickly decoded; an upright JPEG that is not too large
-is kept byte for byte.
+Without val/ a twentieth of the images is held out, the same that train.py holds out of a plain folder. The shorter
+side of an image becomes --size pixels, bicubic and antialiased; smaller images keep theirs. What is resized is written
+as a JPEG of --quality, a fraction of its pixels' bytes and quickly decoded; an upright JPEG that is not too large is
+kept byte for byte.
 
-A shard is a tar file of some thousand images from all classes, in an order shuffled with --seed, so that to read it from
-start to end is to read at random. An image's class is its folder inside the tar: `tar xf` gives the folders back, and
-the webdataset package streams the shards from anywhere. NAME.npy beside NAME.tar says where in it each image begins, for
-train.py to map it into memory; index.json, in train/ and in val/, has the shards, the classes with their numbers of
-images, and the files that could not be read.
+A shard is a tar file of some thousand images from all classes, in an order shuffled with --seed, so that to read it
+from start to end is to read at random. An image's class is its folder inside the tar: `tar xf` gives the folders back,
+and the webdataset package streams the shards from anywhere. NAME.npy beside NAME.tar says where in it each image
+begins, for train.py to map it into memory; index.json, in train/ and in val/, has the shards, the classes with their
+numbers of images, and the files that could not be read.
 
 Interrupt it whenever you like: the same command goes on with the shards that are not there, and ends with the same
 bytes as if nothing had happened.
@@ -133,7 +133,7 @@ class Packer(torch.utils.data.Dataset):
             part.unlink(missing_ok=True)
         args, path = self.args, self.out / "index.json"
         self.settings = {"size": args.size, "quality": args.quality, "shard_size": args.shard_size, "seed": args.seed,
-                         "files_sha256": hashlib.sha256("\n".join(self.files).encode(errors="replace")).hexdigest()}
+                         "files_sha256": hashlib.sha256(os.fsencode("\n".join(self.files))).hexdigest()}
         before = vqrae.read_json(path) if path.exists() else {"settings": self.settings}
         for name, value in self.settings.items():
             if before["settings"][name] != value:
@@ -194,7 +194,7 @@ class Packer(torch.utils.data.Dataset):
                 bar.update(len(self.planned(number)))
         classes, unread = Counter(), []
         for number, shard in enumerate(self.shards):
-            names = {name.decode(errors="replace") for name in vqrae.index_shard(self.out / shard)["name"].tolist()}
+            names = {os.fsdecode(name) for name in vqrae.index_shard(self.out / shard)["name"].tolist()}
             classes.update(Path(name).parent.name for name in names)
             unread += [source for name, source in self.planned(number).items() if name not in names]
         self.write_index(images=classes.total(), classes=dict(sorted(classes.items())), skipped=sorted(unread))
