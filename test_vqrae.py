@@ -1130,7 +1130,7 @@ def test_a_run_on_streamed_shards_ends_and_says_that_it_is_not_resumed_bit_for_b
 
 @pytest.mark.parametrize("url, workers, sentence", [
     ("file:/nowhere/{0..3}.tar", "0", "cannot read the shard file:/nowhere/.[.]tar: No such file or directory"),
-    ("file:/nowhere/{0..3}.tar", "2", "cannot read the shard file:/nowhere/.[.]tar: No such file or directory"),
+    ("file:/nowhere/{0..3}.tar", "1", "cannot read the shard file:/nowhere/.[.]tar: No such file or directory"),
     ("pipe:head -c 5000 SHARDS/some-00000{0..2}.tar", "0", "cannot read the shard pipe:"),
     ("file:SHARDS/some-000000.tar", "0", "is a single shard, and one more must be held out"),
     ("nothing:{0..3}.tar", "0", "cannot read the shard nothing:"),

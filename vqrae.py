@@ -1801,7 +1801,8 @@ class Shards:
         indices = [index_shard(path) for path in paths]
         self.paths, self.rows = paths, np.concatenate(indices)
         self.shard_of = np.repeat(np.arange(len(paths)), [len(index) for index in indices])
-        self.images = np.flatnonzero([IMAGE_NAME.fullmatch(self.file(row).name) for row in range(len(self.rows))])
+        names = map(os.fsdecode, self.rows["name"].tolist())
+        self.images = np.flatnonzero([IMAGE_NAME.fullmatch(name) is not None for name in names])
 
     def __len__(self):
         return len(self.images)
