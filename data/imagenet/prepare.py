@@ -129,7 +129,7 @@ class Packer(torch.utils.data.Dataset):
         if self.out.resolve().is_relative_to(self.source.resolve()):
             raise InputError(f"--out {self.out} lies among the images of {self.source}: choose another")
         self.out.mkdir(parents=True, exist_ok=True)
-        for part in self.out.glob(".*.tar.*"):  # of a process that was killed
+        for part in self.out.glob(".*.*.*"):  # of a process that was killed
             part.unlink(missing_ok=True)
         args, path = self.args, self.out / "index.json"
         self.settings = {"size": args.size, "quality": args.quality, "shard_size": args.shard_size, "seed": args.seed,
