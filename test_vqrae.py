@@ -1036,7 +1036,7 @@ def test_a_full_disk_ends_the_packing_with_a_sentence_and_keeps_finished_shards(
 
 
 @pytest.mark.parametrize("extra, sentence", [
-    (["--size", "16"], "holds another packing .size 256, not 16.: choose another --out"),
+    (["--size", "16"], "holds another packing .with other size.: choose another --out"),
     (["--seed", "1"], "holds another packing"),
     (["--source", "/nowhere"], "no images at /nowhere: it is not a folder"),
 ])

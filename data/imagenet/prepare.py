@@ -43,10 +43,13 @@ from vqrae import InputError  # noqa: E402
 
 
 def parse_args(argv=None):
-    def positive(text):
-        if int(text) < 1:
+    def positive(text, least=1):
+        if int(text) < least:
             raise ValueError
         return int(text)
+
+    def whole(text):
+        return positive(text, least=0)
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -55,15 +58,18 @@ def parse_args(argv=None):
     add("--size", type=positive, default=256, help="shorter side in pixels of images that are larger (%(default)s)")
     add("--quality", type=int, choices=range(1, 101), metavar="1..100", default=95, help="of JPEG (%(default)s)")
     add("--shard-size", type=positive, default=4096, help="images in a shard (%(default)s)")
-    add("--seed", type=int, default=0, help="of the order of the images (%(default)s)")
+    add("--seed", type=whole, default=0, help="of the order of the images (%(default)s)")
     add("--workers", type=positive, default=os.cpu_count(), help="processes (%(default)s)")
     return parser.parse_args(argv)
 
 
 def list_files(folder):
     """Sorted paths, relative to the folder, of all files below it, without hidden ones."""
+    def fail(error):
+        raise error  # os.walk would pass over a folder that it may not read
+
     found = []
-    for directory, folders, files in os.walk(folder):
+    for directory, folders, files in os.walk(folder, onerror=fail):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         found += [os.path.relpath(Path(directory, name), folder) for name in sorted(files) if name[0] != "."]
     return found
@@ -134,13 +140,14 @@ class Packer(torch.utils.data.Dataset):
         args, path = self.args, self.out / "index.json"
         self.settings = {"size": args.size, "quality": args.quality, "shard_size": args.shard_size, "seed": args.seed,
                          "files_sha256": hashlib.sha256(os.fsencode("\n".join(self.files))).hexdigest()}
-        before = vqrae.read_json(path) if path.exists() else {"settings": self.settings}
-        for name, value in self.settings.items():
-            if before["settings"][name] != value:
-                raise InputError(f"{self.out} holds another packing ({name} {before['settings'][name]}, not {value}): "
-                                 "choose another --out, or remove it")
         if not path.exists():
             self.write_index()
+        before = vqrae.read_json(path)
+        before = before.get("settings", {}) if isinstance(before, dict) else {}
+        changed = [name for name, value in self.settings.items() if before.get(name) != value]
+        if changed:
+            raise InputError(f"{self.out} holds another packing (with other {', '.join(changed)}): choose another "
+                             "--out, or remove it")
 
     def write_index(self, **more):
         """Write index.json: settings and shards, and in the end what is in them."""
