@@ -1105,6 +1105,13 @@ def test_shards_of_others_are_read_with_their_labels_and_captions(named_by, tmp_
     assert images.fingerprint() == vqrae.ImageSet(data, "all", 16).fingerprint()
 
 
+@pytest.mark.parametrize("stage", ["second_stage", "ar_run", "caption_run"])
+def test_the_other_stages_take_shards_too(stage, request, tmp_path):
+    write_shards(tmp_path / "shards", 2, 10)
+    train.main(request.getfixturevalue(stage) + ["--data", str(tmp_path / "shards"), "--steps", "2"])
+    assert json.loads((tmp_path / "run/summary.json").read_text())["training images"] == 19
+
+
 def test_streamed_shards_show_every_image_once_an_epoch_however_many_workers_and_ranks(tmp_path):
     write_shards(tmp_path / "shards", 7, 12)
     images = vqrae.open_images(f"file:{tmp_path}/shards/some-{{000000..000006}}.tar", "train", 16)
