@@ -154,8 +154,8 @@ class Run:
 
     def read_images(self, size):
         """Both splits of --data, and the number of processes that read them."""
-        self.train_images = vqrae.ImageSet(self.config.data, "train", size)
-        self.val_images = vqrae.ImageSet(self.config.data, "val", size)
+        self.train_images = vqrae.open_images(self.config.data, "train", size)
+        self.val_images = vqrae.open_images(self.config.data, "val", size)
         workers = 0 if self.train_images.from_sheets else min(4, os.cpu_count() or 1)
         self.workers = workers if self.args.workers is None else self.args.workers
 
@@ -828,7 +828,9 @@ def train(run):
     if args.resume and run.checkpoint.exists():
         run.load()
         if first:
-            print(f"continuing {args.out} at step {run.done}")
+            streamed = isinstance(run.train_images, vqrae.ShardStream)
+            print(f"continuing {args.out} at step {run.done}" + streamed * (
+                ", but not bit for bit: its shards are streamed, and begin again in another order"))
     elif run.checkpoint.exists() and not args.overwrite:
         raise InputError(f"{args.out} already holds a run: --resume continues it, --overwrite replaces it, and another "
                          "--out leaves it alone")
@@ -928,6 +930,17 @@ def matmul_rate(device, dtype, side=2048, seconds=1.0):
     return 2 * side**3 * count / (time.time() - begin)
 
 
+def loader_rate(run, images=512):
+    """Images per second that the loader gives when no step keeps it waiting, over all ranks."""
+    batches, turn = iter(run.batches()), max(1, run.workers)  # every process brings a batch in its turn
+    for _ in range(turn):
+        next(batches)
+    begin, count = time.time(), turn * math.ceil(images / run.config.batch_size / turn)
+    for _ in range(count):
+        next(batches)
+    return count * run.config.batch_size / (time.time() - begin)
+
+
 def benchmark(run, warmup=3, steps=20):
     """Time steady training steps and print one JSON line."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -945,6 +958,8 @@ def benchmark(run, warmup=3, steps=20):
     for _ in range(steps):
         run.step(next(batches))
     seconds = (time.time() - begin) / steps
+    del batches  # its processes would go on reading
+    loaded = loader_rate(run)
     if run.rank > 0:
         return
     rate = matmul_rate(run.device, torch.bfloat16 if run.bf16 else torch.float32)
@@ -956,6 +971,7 @@ def benchmark(run, warmup=3, steps=20):
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     print(json.dumps({
         "images_per_second": run.config.batch_size / seconds,
+        "loader_images_per_second": loaded,
         "tokens_per_second": run.config.batch_size * run.tokens_per_image / seconds,
         "seconds_per_step": seconds,
         "flop_per_step": counter.get_total_flops(),

@@ -11,13 +11,18 @@ Images are float tensors (B, 3, H, W) in [0, 1] everywhere; each encoder applies
 
 import functools
 import hashlib
+import io
+import itertools
 import json
 import math
 import os
+import random
 import re
 import sys
+import tarfile
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -27,6 +32,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import nn
+from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms import functional as pixels
 
 
@@ -1581,7 +1587,7 @@ def evaluate(model, images, batch_size=64, device="cpu", workers=0, frechet_enco
     if counts.sum():
         utilization, perplexity = codebook_usage(counts)
         result.update(utilization=utilization, perplexity=perplexity, tokens=int(counts.sum()))
-    return {"images": len(images), **result}
+    return {"images": sum(map(len, scores["psnr"])), **result}
 
 
 def nearest(features, gallery):
@@ -1676,10 +1682,13 @@ def count_codes(model, images, batch_size=64, device="cpu", workers=0):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def read_image(path):
-    """Any image file as an upright 8-bit RGB PIL image, transparency on white; InputError when it is unreadable."""
+def read_image(path, file=None):
+    """Any image file as an upright 8-bit RGB PIL image, transparency on white; InputError when it is unreadable.
+
+    With `file`, an open one, the path is only its name.
+    """
     try:
-        with Image.open(path) as image:
+        with Image.open(file or path) as image:
             image = ImageOps.exif_transpose(image)
             if image.mode.startswith("I"):  # 16-bit grey, which PIL would clip to 8 bits instead of scaling it
                 image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
@@ -1712,12 +1721,138 @@ def find_images(folder):
     return found
 
 
+def held_out(count):
+    """The places, among so many, of validation images where nobody has chosen any: a twentieth, at random, not none."""
+    return set(np.random.RandomState(0).permutation(count)[:max(1, count // 20)].tolist()) if count > 1 else set()
+
+
+# --- tar shards: in WebDataset's layout, files called alike up to the first dot of their name are one sample ---
+
+IMAGE_NAME = re.compile(r".*\.(jpg|jpeg|png|webp)", re.IGNORECASE | re.DOTALL)
+
+
+def decode_image(data, name):
+    """What read_image makes of a file with these bytes; JPEG goes through torchvision's decoder."""
+    if data.startswith(b"\xff\xd8"):
+        try:
+            encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+            return pixels.to_pil_image(decode_jpeg(encoded, ImageReadMode.RGB, apply_exif_orientation=True))
+        except RuntimeError:
+            pass  # PIL reads it after all, or has a sentence for it
+    return read_image(name, io.BytesIO(data))
+
+
+@functools.cache
+def map_file(path):
+    """A file's bytes as an array; what is looked at is read from disk."""
+    return np.memmap(path, np.uint8, "r")
+
+
+class Member(NamedTuple):
+    """A file inside a tar shard."""
+
+    shard: Path
+    name: str
+    offset: int
+    size: int
+
+    def __str__(self):
+        return f"{self.shard}/{self.name}"
+
+    def data(self):
+        return map_file(self.shard)[self.offset:self.offset + self.size].tobytes()
+
+
+def index_shard(path):
+    """Name, offset and size of each file in a tar shard, as a structured array; InputError for a damaged shard.
+
+    prepare.py leaves the array beside the shards it packs; others are searched from header to header.
+    """
+    try:
+        if path.with_suffix(".npy").exists():
+            rows = np.load(path.with_suffix(".npy"))  # does not unpickle
+        else:
+            with tarfile.open(path, "r:") as tar:
+                files = [(os.fsencode(file.name), file.offset_data, file.size) for file in tar if file.isfile()]
+            longest = max((len(name) for name, _, _ in files), default=1)
+            rows = np.array(files, dtype=[("name", f"S{longest}"), ("offset", "<i8"), ("size", "<i8")])
+        if (rows["offset"] + rows["size"]).max(initial=0) > path.stat().st_size:
+            raise ValueError("it is cut off")
+    except (OSError, EOFError, ValueError, IndexError, tarfile.TarError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"cannot read the shard {path} ({reason}): it must be fetched or packed again") from None
+    return rows
+
+
+def expand_braces(pattern):
+    """shards-{000..009}.tar stands for ten names, as everywhere in WebDataset."""
+    try:
+        from webdataset.shardlists import expand_urls
+    except ImportError:
+        raise InputError(f"{pattern} needs a package more: pip install webdataset") from None
+    try:
+        return expand_urls(pattern)
+    except ValueError as error:
+        raise InputError(f"{pattern} is no pattern of names: {error}") from None
+
+
+def find_shards(folder):
+    """The tar shards of a pattern or of a folder: those that its index.json names, or else all if no image is there."""
+    if not folder.is_dir():
+        pattern = str(folder)
+        return [Path(path) for path in (expand_braces(pattern) if "{" in pattern else [pattern])]
+    index = read_json(folder / "index.json") if (folder / "index.json").exists() else None
+    if isinstance(index, dict) and isinstance(index.get("shards"), list):
+        return [folder / str(name) for name in index["shards"]]
+    found = sorted(folder.glob("*.tar"))
+    return found if found and not any(IMAGE_NAME.fullmatch(path.name) for path in folder.iterdir()) else []
+
+
+class Shards:
+    """The images in tar shards, a sequence of Members. The index is in arrays, which worker processes share."""
+
+    def __init__(self, paths):
+        indices = [index_shard(path) for path in paths]
+        self.paths, self.rows = paths, np.concatenate(indices)
+        self.shard_of = np.repeat(np.arange(len(paths)), [len(index) for index in indices])
+        names = map(os.fsdecode, self.rows["name"].tolist())
+        self.images = np.flatnonzero([IMAGE_NAME.fullmatch(name) is not None for name in names])
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, place):
+        return self.file(self.images[place])
+
+    def file(self, row):
+        name, offset, size = self.rows[row].tolist()
+        return Member(self.paths[self.shard_of[row]], os.fsdecode(name), offset, size)
+
+    def record(self, place):
+        """Name; category, the .cls or else the folder's name; caption, the .txt; where .json says them, .json's."""
+        def sample(file):
+            return file.shard, file.name[:file.name.find(".", file.name.rfind("/") + 1)]
+
+        image, row = self[place], self.images[place]
+        near = map(self.file, range(max(0, row - 3), min(row + 4, len(self.rows))))
+        texts = {file.name.rpartition(".")[2].lower(): file.data().decode(errors="replace").strip() for file in near
+                 if sample(file) == sample(image) and not IMAGE_NAME.fullmatch(file.name)}
+        try:
+            described = dict(json.loads(texts.get("json", "{}")))
+        except (ValueError, TypeError):  # it is no object
+            described = {}
+        found = {"category": texts.get("cls", Path(image.name).parent.name), "caption": texts.get("txt"), **described}
+        found = {key: str(found[key]) for key in ("category", "caption") if found[key] is not None}
+        return {"name": image.name, **found}
+
+
 class ImageSet(torch.utils.data.Dataset):
     """The images of one split as uint8 tensors (3, size, size), read one at a time when they are asked for.
 
     `folder` is one of our sets (index.json and sheets of tiles, held in memory), or any folder of images, flat or with
-    one folder per class. A folder with train/ and val/ is split so; of any other every twentieth image, in a fixed
-    random order, is held out (a single image is both splits). `split` is "train", "val" or "all".
+    one folder per class, or of tar shards (what data/imagenet/prepare.py packs, or anyone's in WebDataset's layout), or
+    names such shards (shards-{000..009}.tar). A folder with train/ and val/ is split so; of any other every twentieth
+    image, in a fixed random order, is held out (a single image is both splits). `split` is "train", "val" or "all".
 
     Keys: an int gives the evaluation view (shorter side resized, centre crop), a pair (int, seed) the training view
     (random crop, random flip) that this seed stands for. A readable neighbour stands in for an unreadable file, so
@@ -1726,7 +1861,7 @@ class ImageSet(torch.utils.data.Dataset):
 
     def __init__(self, folder, split, size):
         self.folder, self.size, self.unreadable = Path(folder), size, set()
-        if not self.folder.is_dir():
+        if not self.folder.is_dir() and self.folder.suffix != ".tar":
             raise InputError(f"no images at {folder}: it is not a folder")
         index = self.folder / "index.json"
         index = read_json(index) if index.exists() else None
@@ -1750,22 +1885,28 @@ class ImageSet(torch.utils.data.Dataset):
                     self.sheet_records.append({"style": sheet["style"], **record})
 
     def find_files(self, split):
+        """The paths of a split's images, or Shards."""
         halves = [self.folder / "train", self.folder / "val"]
-        if all(half.is_dir() for half in halves):
-            paths = [path for half in halves if split in ("all", half.name) for path in find_images(half)]
-        else:
-            paths = find_images(self.folder)
-            order = np.random.RandomState(0).permutation(len(paths))
-            held_out = set(order[:max(1, len(paths) // 20)].tolist()) if len(paths) > 1 else set()
-            if split != "all" and held_out:
-                paths = [path for i, path in enumerate(paths) if (i in held_out) == (split == "val")]
-        return paths
+        divided = all(half.is_dir() for half in halves)
+        folders = [half for half in halves if split in ("all", half.name)] if divided else [self.folder]
+        shards = [path for folder in folders for path in find_shards(folder)]
+        images = Shards(shards) if shards else [path for folder in folders for path in find_images(folder)]
+        chosen = held_out(len(images))
+        if divided or split == "all" or not chosen:
+            return images
+        places = [place for place in range(len(images)) if (place in chosen) == (split == "val")]
+        if not shards:
+            return [images[place] for place in places]
+        images.images = images.images[places]
+        return images
 
     @functools.cached_property
     def records(self):
         """One dict per image: name and category, and for our own sets style, caption and more."""
         if self.from_sheets:
             return self.sheet_records
+        if isinstance(self.sources, Shards):
+            return [self.sources.record(place) for place in range(len(self))]
         no_class = {self.folder, self.folder / "train", self.folder / "val"}
         return [{"name": os.path.relpath(path, self.folder),
                  "category": "" if Path(path).parent in no_class else Path(path).parent.name} for path in self.sources]
@@ -1779,13 +1920,19 @@ class ImageSet(torch.utils.data.Dataset):
         for step in range(len(self.sources)):
             source = self.sources[(index + step) % len(self.sources)]
             try:
-                image = Image.fromarray(source) if isinstance(source, np.ndarray) else read_image(source)
+                image = self.read(source)
                 break
             except InputError:
                 unreadable.append(str(source))
         else:
             raise InputError(f"no image in {self.folder} can be read")
         return self.prepare(image, self.size, seed), (index + step) % len(self.sources), unreadable
+
+    @staticmethod
+    def read(source):
+        if isinstance(source, Member):
+            return decode_image(source.data(), source)
+        return Image.fromarray(source) if isinstance(source, np.ndarray) else read_image(source)
 
     @staticmethod
     def prepare(image, size, seed=None):
@@ -1813,7 +1960,10 @@ class ImageSet(torch.utils.data.Dataset):
     def fingerprint(self):
         """SHA-256 of what the images depend on: pixels of our sheets; paths, sizes and dates of files; and the size."""
         digest = hashlib.sha256(str(self.size).encode())
-        for source in self.sources:
+        shards = isinstance(self.sources, Shards)
+        if shards:
+            digest.update(self.sources.images.tobytes())
+        for source in self.sources.paths if shards else self.sources:
             if isinstance(source, np.ndarray):
                 digest.update(source.tobytes())
             else:
@@ -1828,12 +1978,81 @@ class ImageSet(torch.utils.data.Dataset):
         """
         loader = torch.utils.data.DataLoader(self, batch_size, sampler=keys, num_workers=workers,
                                              collate_fn=ImageSet.collate)
-        for images, places, unreadable in loader:
-            for name in set(unreadable) - self.unreadable:
-                self.unreadable.add(name)
-                count = len(self.unreadable)
-                print(f"skipped {name}, which cannot be read as an image ({count} so far)", file=sys.stderr)
-            yield (images, places) if indices else images
+        try:
+            for images, places, unreadable in loader:
+                for name in set(unreadable) - self.unreadable:
+                    self.unreadable.add(name)
+                    count = len(self.unreadable)
+                    print(f"skipped {name}, which cannot be read as an image ({count} so far)", file=sys.stderr)
+                yield (images, places) if indices else images
+        except InputError as error:  # a worker's comes with all its traceback
+            raise InputError(str(error).strip().splitlines()[-1].removeprefix("vqrae.InputError: ")) from None
+
+
+def open_images(data, split, size):
+    """The ImageSet of a folder or pattern, or the ShardStream of a URL."""
+    return (ShardStream if re.match(r"\w\w+:", data) else ImageSet)(data, split, size)
+
+
+class ShardStream(ImageSet, torch.utils.data.IterableDataset):
+    """Images of tar shards behind a URL, as the webdataset package reads them: from start to end, without a copy.
+
+    The URL is a pattern for at least two shards (https://host/shards-{000..009}.tar; pipe:COMMAND for what a command
+    prints); the last one is held out. What a key names here is a whole shard, and so is what ranks and workers take
+    turns at: its evaluation views in their order or, for (shard, seed), training views in an order shuffled within
+    1,000 images. Nobody knows the images' number, nor can ask for one of them.
+    """
+
+    def __init__(self, url, split, size):
+        self.folder, self.size, self.unreadable, self.from_sheets, urls = url, size, set(), False, expand_braces(url)
+        if len(urls) < 2:
+            raise InputError(f"{url} is a single shard, and one more must be held out: name several, as {{000..009}}")
+        self.sources = {"train": urls[:-1], "val": urls[-1:], "all": urls}[split]
+
+    @property
+    def records(self):
+        raise InputError(f"{self.folder} is streamed, so its images cannot be asked for one by one: fetch the shards "
+                         "into a folder")
+
+    fingerprint = records.fget
+
+    def batches(self, keys, batch_size, workers=0, indices=False):
+        self.keys = keys
+        return super().batches(None, batch_size, workers, indices)
+
+    def spread(self, count):
+        """The first `count` images."""
+        return next(self.batches(range(len(self)), count)).float() / 255
+
+    def __iter__(self):
+        worker, unreadable = torch.utils.data.get_worker_info(), []
+        for key in itertools.islice(self.keys, worker.id if worker else 0, None, worker.num_workers if worker else 1):
+            shard, seed = key if isinstance(key, tuple) else (key, None)
+            draw, found = None if seed is None else random.Random(seed), False
+            for name, data in stream_shard(self.sources[shard], draw):
+                try:
+                    image = decode_image(data, name)
+                except InputError:
+                    unreadable.append(name)
+                    continue
+                yield self.prepare(image, self.size, draw and draw.getrandbits(62)), shard, unreadable
+                found, unreadable = True, []
+            if not found:
+                raise InputError(f"no image in the shard {self.sources[shard]} can be read")
+
+
+def stream_shard(url, draw=None):
+    """Yield name and bytes of every image of a tar shard, in its order or, with a random.Random, shuffled a little."""
+    import webdataset
+
+    stages = [webdataset.SimpleShardList([url]), webdataset.tarfile_to_samples()]
+    try:
+        for sample in webdataset.DataPipeline(*stages, *([webdataset.shuffle(1000, rng=draw)] if draw else [])):
+            for kind in sample:
+                if IMAGE_NAME.fullmatch(f".{kind}"):
+                    yield f"{url}/{sample['__key__']}.{kind}", sample[kind]
+    except (OSError, ValueError, tarfile.TarError) as error:  # whose further arguments webdataset has added
+        raise InputError(f"cannot read the shard {url}: {getattr(error, 'strerror', None) or error.args[0]}") from None
 
 
 class TrainingOrder:
@@ -1893,7 +2112,8 @@ def setting(help, choices=None, zero=False, most=math.inf):
 class CommonConfig:
     """Settings of every stage."""
 
-    data: str = setting("folder of images, flat or one folder per class")
+    data: str = setting("folder of images, flat or one folder per class, or of tar shards; shards-{000..009}.tar; or "
+                        "a URL of shards, to be streamed")
     steps: int = setting("training steps")
     batch_size: int = setting("images a step")
     accumulate: int = setting("parts that a step's images are taken in, one after the other, for want of memory")
