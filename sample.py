@@ -385,8 +385,8 @@ def export(args, device):
     rows, columns = (args.image_size // model.config.encoder.patch_size,) * 2
     index = {"codebook_size": model.config.codebook_size, "tokens_per_image": rows * columns, "digest": digest,
              "shards": shards}
-    (args.out / "index.json.tmp").write_text(json.dumps(index))
-    (args.out / "index.json.tmp").replace(args.out / "index.json")
+    with vqrae.replacing(args.out / "index.json") as part:
+        part.write_text(json.dumps(index))
     print(f"{args.out}/index.json: {sum(shard['images'] for shard in shards)} images of {rows * columns} tokens in "
           f"{len(shards)} shards")
 

@@ -1045,12 +1045,61 @@ def test_a_full_disk_is_one_sentence_and_keeps_the_checkpoint_before(short_run, 
         real(state, file)
 
     monkeypatch.setattr(torch, "save", save)
-    with pytest.raises(SystemExit, match="cannot write .*No space left on device.*the checkpoint before it is kept"):
+    with pytest.raises(SystemExit, match="cannot write .*No space left on device.*what stood there before is kept"):
         train.main(short_run)
     assert [path.name for path in (tmp_path / "run/checkpoint").iterdir()] == ["state.pt"]
     monkeypatch.undo()
     train.main(short_run + ["--resume"])
     assert torch.load(tmp_path / "run/checkpoint/state.pt", weights_only=True)["done"] == 6
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before_it_and_the_run_ends_the_same(short_run, tmp_path, capsys):
+    train.main(short_run)
+    checkpoint = tmp_path / "run/checkpoint/state.pt"
+    before, whole = weights(tmp_path / "run"), checkpoint.read_bytes()
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 1  # a single bit, inside a tensor
+    for damaged in (whole[:len(whole) // 3], whole[:-1], bytes(flipped), b""):
+        checkpoint.write_bytes(damaged)
+        capsys.readouterr()
+        train.main(short_run + ["--resume"])
+        said = capsys.readouterr()
+        assert "going back to the one before it" in said.err and "at step 3" in said.out
+        assert weights(tmp_path / "run") == before
+
+
+@pytest.mark.parametrize("damage", [lambda path: path.unlink(), lambda path: os.truncate(path, 700),
+                                    lambda path: path.write_bytes(b"\xff"), lambda path: path.write_text("{}\n")])
+def test_a_damaged_log_comes_back_from_the_checkpoint(short_run, tmp_path, damage):
+    train.main(short_run)
+    before = (tmp_path / "run/metrics.jsonl").read_text()
+    damage(tmp_path / "run/metrics.jsonl")
+    train.main(short_run + ["--resume"])
+    assert (tmp_path / "run/metrics.jsonl").read_text() == before
+
+
+def test_a_disk_that_is_full_at_the_end_is_one_sentence_and_leaves_no_half_model(short_run, tmp_path, monkeypatch):
+    def save(weights, path):
+        Path(path).write_bytes(b"half of it")
+        raise vqrae.SafetensorError("No space left on device")
+
+    monkeypatch.setattr(vqrae, "save_file", save)
+    with pytest.raises(SystemExit, match="cannot write .*model.safetensors.*No space left on device"):
+        train.main(short_run)
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"checkpoint", "metrics.jsonl"}
+    monkeypatch.undo()
+    train.main(short_run + ["--resume"])
+    assert (tmp_path / "run/summary.json").exists()
+
+
+def test_a_run_is_not_resumed_on_as_many_other_images(short_run, photo_folder, tmp_path):
+    train.main(short_run)
+    shutil.copytree(photo_folder, tmp_path / "photos")
+    train.main(short_run + ["--resume", "--data", str(tmp_path / "photos")])  # a folder may move
+    (tmp_path / "photos").rename(tmp_path / "others")
+    (tmp_path / "others/class0/0.png").rename(tmp_path / "others/class1/0.png")
+    with pytest.raises(SystemExit, match="names of the training images"):
+        train.main(short_run + ["--resume", "--data", str(tmp_path / "others")])
 
 
 def test_the_learning_rate_warms_up_and_then_falls_to_its_end_value(short_run):
@@ -1104,8 +1153,9 @@ def test_finished_work_is_never_overwritten_by_accident_nor_resumed_with_other_s
         train.main(short_run)
     with pytest.raises(SystemExit, match="codebook_dim is 8 .* not 9"):
         train.main(short_run + ["--resume", "--codebook-dim", "9"])
-    (tmp_path / "run/checkpoint/state.pt").write_bytes(b"damaged")
-    with pytest.raises(SystemExit, match="cannot read the checkpoint"):
+    for name in ("state.pt", "previous.pt"):
+        (tmp_path / "run/checkpoint" / name).write_bytes(b"damaged")
+    with pytest.raises(SystemExit, match="cannot read the checkpoint .*state.pt.* nor .*previous.pt.*--overwrite"):
         train.main(short_run + ["--resume"])
     assert weights(tmp_path / "run") == before
 
@@ -1842,6 +1892,9 @@ def test_codes_are_made_once_and_made_anew_for_another_tokenizer_or_other_images
     os.utime(tmp_path / "photos/class0/0.png", ns=(1, 1))
     vqrae.image_codes(small_model(), images, tmp_path / "codes")
     assert calls == [12, 12, 12]
+    for path in (tmp_path / "codes").iterdir():
+        os.truncate(path, 100)
+    assert torch.equal(vqrae.image_codes(small_model(), images, tmp_path / "codes")[0], first) and len(calls) == 4
 
 
 def test_codes_of_an_image_are_those_of_its_caption_also_behind_an_unreadable_file(photo_folder, tmp_path):

@@ -22,6 +22,7 @@ import os
 import signal
 import sys
 import time
+import zipfile
 from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
 from datetime import timedelta
@@ -144,7 +145,8 @@ class Run:
         if config.batch_size % self.ranks:
             raise InputError(f"--batch-size {config.batch_size} cannot be shared out evenly to {self.ranks} processes")
         torch.manual_seed(args.seed)
-        self.done, self.seconds, self.window = 0, 0.0, {}
+        self.done, self.seconds, self.window, self.lines = 0, 0.0, {}, []
+        self.damaged = False  # whether the last checkpoint is, so that it must not replace the one before it
 
     def read_images(self, size):
         """Both splits of --data, and the number of processes that read them."""
@@ -283,51 +285,70 @@ class Run:
         return (dict(loss=f"{line['loss']:.3f}"),
                 f"held-out loss {line['val_loss']:.3f} nats a token" if "val_loss" in line else "")
 
-    # --- checkpoints: one file, replaced in one step ---
+    # --- checkpoints: one file, replaced in one step, and the one before it ---
 
     @property
-    def checkpoint(self):
-        return self.args.out / "checkpoint" / "state.pt"
+    def checkpoints(self):
+        """Where the last checkpoint is, and the one before it."""
+        return [self.args.out / "checkpoint" / name for name in ("state.pt", "previous.pt")]
 
     def settings(self):
         """What must not change between the parts of a run, as plain values; folders may move."""
         config = {name: value for name, value in asdict(self.config).items() if name not in self.FOLDERS}
+        names = json.dumps([record.get("name") for record in self.train_images.records])  # below --data
         return json.loads(json.dumps({"stage": self.args.stage, "seed": self.args.seed,
                                       "precision": "bf16" if self.bf16 else "fp32",
-                                      "training images": len(self.train_images), **config}))
+                                      "training images": len(self.train_images),
+                                      "names of the training images (SHA-256)": hashlib.sha256(
+                                          names.encode()).hexdigest(), **config}))
 
     def save(self):
-        """Write the checkpoint beside the old one, then put it in the old one's place."""
-        self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
+        """Write the checkpoint, then put it in the place of the one before, which stays beside it."""
         state = {"settings": self.settings(), "done": self.done, "seconds": self.seconds, "window": self.window,
-                 "rng": torch.get_rng_state(), **{name: part.state_dict() for name, part in self.parts.items()}}
+                 "lines": self.lines, "rng": torch.get_rng_state(),
+                 **{name: part.state_dict() for name, part in self.parts.items()}}
         if self.device.type == "cuda":
             state["cuda_rng"] = torch.cuda.get_rng_state()
-        part = self.checkpoint.with_suffix(".tmp")
-        try:
+        last, previous = self.checkpoints
+        with vqrae.replacing(last) as part:
             with open(part, "wb") as file:
                 torch.save(state, file)
                 file.flush()
                 os.fsync(file.fileno())
-        except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-            part.unlink(missing_ok=True)
-            raise InputError(f"cannot write {part} ({error}); the checkpoint before it is kept") from None
-        part.replace(self.checkpoint)
+            if last.exists() and not self.damaged:
+                last.replace(previous)
+        self.damaged = False
 
     def load(self):
-        """Go back to the checkpoint in --out; InputError when it is damaged or was made with other settings."""
-        try:
-            state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
-        except Exception as error:  # a damaged file can fail anywhere inside torch.load
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            raise InputError(f"cannot read the checkpoint {self.checkpoint}: {reason}") from None
+        """Go back to the last checkpoint in --out, or the one before if that is damaged.
+
+        InputError when there is none to go back to, or when it was made with other settings.
+        """
+        reasons = []
+        for path in self.checkpoints:
+            try:
+                with zipfile.ZipFile(path) as archive:  # torch itself does not look at its checksums
+                    damaged = archive.testzip()
+                if damaged:
+                    raise ValueError(f"{damaged} does not have its checksum")
+                state = torch.load(path, map_location="cpu", weights_only=True)
+                break
+            except Exception as error:  # a damaged file can fail anywhere inside torch.load
+                reasons.append(f"{path}: {(str(error) or type(error).__name__).splitlines()[0]}")
+        else:
+            raise InputError(f"cannot read the checkpoint {', nor '.join(reasons)}; --overwrite starts anew")
+        self.damaged = bool(reasons)
+        if self.damaged and self.rank == 0:
+            print(f"cannot read the checkpoint {reasons[0]}; going back to the one before it", file=sys.stderr)
         for name, value in self.settings().items():
             if state["settings"].get(name) != value:
                 raise InputError(f"--resume continues a run with its own settings: {name} is "
                                  f"{state['settings'].get(name)!r} in {self.args.out}, not {value!r}")
+        if "lines" not in state:
+            raise InputError(f"{path} was written by an earlier version of train.py; --overwrite starts anew")
         for name, part in self.parts.items():
             part.load_state_dict(state[name])
-        self.done, self.seconds = state["done"], state["seconds"]
+        self.done, self.seconds, self.lines = state["done"], state["seconds"], state["lines"]
         self.window = {name: (total.to(self.device), count) for name, (total, count) in state["window"].items()}
         torch.set_rng_state(state["rng"])
         if "cuda_rng" in state and self.device.type == "cuda":
@@ -692,22 +713,13 @@ SETTINGS = {field.name: field for config in (vqrae.CaptionConfig, vqrae.Generati
 
 def replace_text(path, text):
     """Write a file in one step: whoever reads it, whenever the power fails, meets the old text or the new one."""
-    part = path.with_suffix(".tmp")
-    part.write_text(text)
-    part.replace(path)
+    with vqrae.replacing(path) as part:
+        part.write_text(text)
 
 
-def read_log(path, last_step):
-    """Lines of metrics.jsonl up to a step, as dicts; what a crash left behind that step is dropped."""
-    lines = []
-    for text in path.read_text().splitlines() if path.exists() else []:
-        try:
-            line = json.loads(text)
-        except ValueError:
-            break  # the line that was being written when the run died
-        if line["step"] <= last_step:
-            lines.append(line)
-    return lines
+def write_log(path, lines):
+    """Write metrics.jsonl, one object a line."""
+    replace_text(path, "".join(json.dumps(line) + "\n" for line in lines))
 
 
 def draw_curves(lines, path):
@@ -746,11 +758,12 @@ def train(run):
     args, config, first = run.args, run.config, run.rank == 0  # the first of all ranks writes and speaks
     args.out.mkdir(parents=True, exist_ok=True)
     begin = time.time()
-    if args.resume and run.checkpoint.exists():
+    begun = any(path.exists() for path in run.checkpoints)
+    if args.resume and begun:
         run.load()
         if first:
             print(f"continuing {args.out} at step {run.done}")
-    elif run.checkpoint.exists() and not args.overwrite:
+    elif begun and not args.overwrite:
         raise InputError(f"{args.out} already holds a run: --resume continues it, --overwrite replaces it, and another "
                          "--out leaves it alone")
     else:
@@ -759,18 +772,17 @@ def train(run):
         if run.ranks > 1:
             dist.barrier()  # all have seen what there is
         if first:
-            run.checkpoint.unlink(missing_ok=True)
+            for path in run.checkpoints:
+                path.unlink(missing_ok=True)
         run.start()
     earlier, metrics = run.seconds, args.out / "metrics.jsonl"
-    lines = read_log(metrics, run.done)
     if first:
-        replace_text(metrics, "".join(json.dumps(line) + "\n" for line in lines))
+        write_log(metrics, run.lines)  # without what the part before wrote behind its last checkpoint
 
     batches = iter(run.batches())
-    bar = tqdm(total=config.steps, initial=run.done, desc=f"stage {args.stage}", unit="step", dynamic_ncols=True,
-               mininterval=1, disable=not first)
     timed_steps, timer, saved = 0, time.time(), run.done
-    with stop_signals() as stopped:
+    with stop_signals() as stopped, tqdm(total=config.steps, initial=run.done, desc=f"stage {args.stage}", unit="step",
+                                         dynamic_ncols=True, mininterval=1, disable=not first) as bar:
         while run.done < config.steps and not run.any_rank(stopped):
             run.step(next(batches))
             bar.update()
@@ -783,9 +795,13 @@ def train(run):
                 if first:
                     if evaluating:
                         line.update(run.evaluate())
-                    lines.append(line)
-                    with open(metrics, "a") as file:
-                        file.write(json.dumps(line) + "\n")
+                    run.lines.append(line)
+                    try:
+                        with open(metrics, "a") as file:
+                            file.write(json.dumps(line) + "\n")
+                    except OSError as error:
+                        raise InputError(f"cannot write {metrics} ({error}); --resume goes on from the last "
+                                         "checkpoint") from None
                     figures, sentence = run.show(line)
                     bar.set_postfix(**figures, images_per_s=f"{line['images_per_second']:.0f}")
                     if sentence:
@@ -797,13 +813,12 @@ def train(run):
         if first and saved < run.done:
             run.seconds = earlier + time.time() - begin
             run.save()
-    bar.close()
     if not first:
         sys.exit(0 if run.done == config.steps else 130)
     if run.done < config.steps:
         print(f"stopped after step {run.done} of {config.steps}; the same command with --resume goes on from here")
         sys.exit(130)
-    finish(run, lines, earlier, begin)
+    finish(run, earlier, begin)
 
 
 @contextmanager
@@ -819,13 +834,13 @@ def stop_signals():
             signal.signal(name, handler)
 
 
-def finish(run, lines, earlier, begin):
+def finish(run, earlier, begin):
     """Final evaluation of the averaged weights; write the model, summary.json and the pictures."""
-    out = run.args.out
+    out, lines = run.args.out, run.lines
     run.export()
     summary = run.summary()
     lines[-1].update(summary)
-    replace_text(out / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+    write_log(out / "metrics.jsonl", lines)
     draw_curves(lines, out / "curves.png")
     picture = run.draw()
     seconds = earlier + time.time() - begin

@@ -16,6 +16,7 @@ import math
 import os
 import re
 import sys
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -32,6 +33,25 @@ from torchvision.transforms import functional as pixels
 
 class InputError(ValueError):
     """A mistake in the user's input that one sentence explains; the drivers print it without a traceback."""
+
+
+@contextmanager
+def replacing(path):
+    """A path to write what then takes the place of `path` in one step: readers meet the old file or the new one.
+
+    InputError when it cannot be written, say on a full disk; nothing half written is left behind then.
+    """
+    path = Path(path)
+    part = path.with_name(f"{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield part
+        part.replace(path)
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch reports a full disk as a RuntimeError
+        raise InputError(f"cannot write {path}, perhaps for want of room ({error}); what stood there before is kept"
+                         ) from None
+    finally:
+        part.unlink(missing_ok=True)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -345,14 +365,12 @@ def load_weights(module, weights, path):
 
 
 def save_model(model, folder):
-    """Write config.json and model.safetensors, each replaced in one step, so no reader meets half a file."""
+    """Write config.json and model.safetensors, each replaced in one step."""
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    save_file(weights, folder / "model.safetensors.tmp")
-    (folder / "config.json.tmp").write_text(json.dumps(asdict(model.config), indent=2) + "\n")
-    for name in ("model.safetensors", "config.json"):
-        (folder / f"{name}.tmp").replace(folder / name)
+    with replacing(folder / "config.json") as config_part, replacing(folder / "model.safetensors") as weights_part:
+        config_part.write_text(json.dumps(asdict(model.config), indent=2) + "\n")
+        save_file(weights, weights_part)
 
 
 def load_model(folder, kind, maker, build):
@@ -1612,12 +1630,14 @@ def image_codes(model, images, folder, batch_size=64, device="cpu", workers=0):
     """The codes (n, N) of all images of an ImageSet, evaluation views, and the places (n,) of the readable ones in it.
 
     They are kept in `folder`, in a file that is named after everything they depend on: model and images. So a change
-    of either makes them anew, and a stale file is never read.
+    of either makes them anew, and a stale file is never read. Nor is a damaged one.
     """
     path = Path(folder) / f"{codes_digest(model, images)[:32]}.safetensors"
-    if not path.exists():
+    try:
+        saved = read_safetensors(path)
+    except InputError:
         write_codes(path, *codes_of(model, images, range(len(images)), batch_size, device, workers))
-    saved = read_safetensors(path)
+        saved = read_safetensors(path)
     return saved["codes"].long(), saved["places"]
 
 
@@ -1642,10 +1662,9 @@ def codes_of(model, images, keys, batch_size=64, device="cpu", workers=0):
 
 
 def write_codes(path, codes, places):
-    """Write codes and places in one step, so that no reader meets half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({"codes": codes, "places": places}, path.with_suffix(".tmp"))
-    path.with_suffix(".tmp").replace(path)
+    """Write codes and places in one step."""
+    with replacing(path) as part:
+        save_file({"codes": codes, "places": places}, part)
 
 
 @torch.no_grad()
