@@ -19,6 +19,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import signal
 import sys
 import time
@@ -40,10 +41,10 @@ START_TOKENS = 65536  # features that the codebook's start looks at, and four to
 
 
 def number(kind, zero=False, most=math.inf):
-    """An argparse type: a finite int or float above 0, or 0 where `zero` allows it, and no more than `most`."""
+    """An argparse type: an int below 2^63 or a finite float, above 0, or 0 where `zero` allows it, up to `most`."""
     def parse(text):
         value = kind(text)
-        if not 0 <= value <= most or value == math.inf or value == 0 and not zero:
+        if not 0 <= value <= most or value == math.inf or value == 0 and not zero or kind is int and value >= 2**63:
             raise ValueError
         return value
 
@@ -76,7 +77,8 @@ def parse_args(argv=None):
     add("--checkpoint-every", type=count, default=200, metavar="N", help="steps between checkpoints")
     add("--log-every", type=count, default=50, metavar="N", help="steps between lines of metrics.jsonl")
     add("--evaluate-every", type=count, default=600, metavar="N", help="steps between held-out evaluations")
-    add("--workers", type=whole, default=None, help="processes that read images (default: 0 for shipped data)")
+    add("--workers", type=number(int, zero=True, most=1024), default=None,
+        help="processes that read images (default: 0 for shipped data)")
     add("--device", default="auto", help="auto, cuda, mps or cpu")
     add("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="auto: bf16 where the device has it")
     add("--compile", action="store_true", help="torch.compile: slower to start, faster steps")
@@ -109,6 +111,8 @@ def choose_device(name):
     """The torch device for --device; auto takes the fastest that is there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name.split(":")[0] not in ("cuda", "mps", "cpu"):
+        raise InputError(f"--device {name} is not known; choose auto, cuda, mps or cpu")
     if name == "cuda" and "LOCAL_RANK" in os.environ:  # torchrun starts a process for every GPU
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
@@ -1057,6 +1061,12 @@ def one_sentence_errors():
         yield
     except (InputError, OSError) as error:
         sys.exit(f"error: {error}")
+    except (MemoryError, RuntimeError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        # torch has a type of its own only for the memory of a GPU.
+        if isinstance(error, RuntimeError) and not re.search("out of memory|allocate memory|Storage size", reason):
+            raise
+        sys.exit(f"error: not enough memory ({reason}); smaller sizes, a smaller batch or more --accumulate need less")
     except KeyboardInterrupt:
         sys.exit(130)
 
