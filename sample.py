@@ -14,11 +14,12 @@
 """
 
 import argparse
+import copy
 import json
 import re
 import sys
 from collections import Counter, defaultdict
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -358,8 +359,12 @@ def export(args, device):
     """Hand a trained model over. hf: the encoder as transformers' own class loads it, and the tokenizer as a folder.
 
     tokens: the codes of all images of --data, in shards with an index; what is written is not written again.
+    onnx: graphs from images to codes and from codes to images, for batches of any size, held to torch's answers.
     """
     model = load_tokenizer(args, device)
+    if args.format == "onnx":
+        export_onnx(args, model.cpu())
+        return
     if args.format == "hf":
         vqrae.save_encoder(model.encoder, args.out / "encoder")
         model.save_pretrained(args.out / "tokenizer")
@@ -390,10 +395,68 @@ def export(args, device):
     index = {"codebook_size": model.config.codebook_size, "codebooks": getattr(model.config, "codebooks", 1),
              "tokens_per_image": rows * columns, "digest": digest,
              "shards": shards}
-    (args.out / "index.json.tmp").write_text(json.dumps(index))
-    (args.out / "index.json.tmp").replace(args.out / "index.json")
+    with vqrae.replacing(args.out / "index.json") as part:
+        part.write_text(json.dumps(index))
     print(f"{args.out}/index.json: {sum(shard['images'] for shard in shards)} images of {rows * columns} tokens in "
           f"{len(shards)} shards")
+
+
+class ToCodes(torch.nn.Module):
+    """Images (B, 3, H, W) -> codes (B, N): `VQRAE.encode` with one product in the place of its search in chunks."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+        self.register_buffer("codes", model.quantizer.project(model.quantizer.codebook).detach().clone())  # (K, e)
+
+    def forward(self, images):
+        z = self.model.project_features(self.model.encoder(images))  # (B, N, e)
+        return (self.codes.pow(2).sum(1) - 2 * z @ self.codes.T).argmin(-1)
+
+
+class ToImages(torch.nn.Module):
+    """Codes (B, N) -> images (B, 3, H*q/p, W*q/p)."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, indices):
+        return self.model.decode(indices)
+
+
+def export_onnx(args, model):
+    """Write encode.onnx and decode.onnx for images of --image-size, and ask both what torch says of some images."""
+    try:
+        import onnxruntime
+        import onnxscript  # noqa: F401  what torch exports with
+    except ImportError as error:
+        raise InputError(f"--format onnx needs packages: pip install onnx onnxscript onnxruntime ({error})") from None
+    if model.config.quantizer == "none":
+        raise InputError(f"the model in {args.model} has no codes (--quantizer none)")
+    side, p = args.image_size, model.config.encoder.patch_size
+    images = torch.rand(3, 3, side, side, generator=torch.Generator().manual_seed(0))
+    _, indices = model.encode(images)  # (3, N); InputError when patches do not fit
+    expected = {"encode": (images, indices), "decode": (indices, model.decode(indices))}
+    resized, encoder = copy.deepcopy(model), model.encoder
+    with torch.no_grad():  # ONNX cannot resize positions as torch does, so they come in the size of the images
+        resized.encoder.positions = torch.nn.Parameter(encoder.positions_for(side // p, side // p))
+    resized.encoder.config = replace(encoder.config, image_size=side)
+    graphs = {"encode": ToCodes(resized), "decode": ToImages(resized)}
+    args.out.mkdir(parents=True, exist_ok=True)
+    for name, (given, answer) in expected.items():
+        path = args.out / f"{name}.onnx"
+        torch.onnx.export(graphs[name].eval(), (given[:2],), path, dynamo=True, verbose=False, dynamic_shapes=(
+            {0: torch.export.Dim("batch")},), input_names=["images" if name == "encode" else "codes"],
+            output_names=["codes" if name == "encode" else "images"])
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        for some in (slice(0, 1), slice(0, 3)):  # other batches than it was written with
+            found = torch.from_numpy(session.run(None, {session.get_inputs()[0].name: given[some].numpy()})[0])
+            gap = (found - answer[some]).abs().max().item()
+            if gap > (0 if name == "encode" else 1e-4):
+                raise InputError(f"{path} does not say what torch says, but something else by up to {gap}")
+    print(f"{args.out}/encode.onnx and decode.onnx, for batches of {side} x {side} pixels: onnxruntime's codes equal "
+          f"torch's, and its images to within {gap:.1e}")
 
 
 def codes(args, device):
@@ -452,7 +515,7 @@ def parse_args(argv=None):
             sub.add_argument("images", type=Path, nargs="*" if command is reconstruct else "+", metavar="IMAGE",
                              help="image files of any kind")
         if command is not generate:
-            sub.add_argument("--image-size", type=number(int), help="side in pixels (default: the model's)")
+            sub.add_argument("--image-size", type=number(int, most=16384), help="side in pixels (default: the model's)")
         if command in (reconstruct, evaluate, codes, export):
             sub.add_argument("--data", default=str(vqrae.ROOT / "data/emoji"),
                              help="folder of images (default: the emoji)")
@@ -474,10 +537,11 @@ def parse_args(argv=None):
                              help="of a tokenizer: draw clusters.png, k-means on continuous features and on codes")
         if command in (generate, evaluate):
             of = "of a generator: " if command is evaluate else ""
-            sub.add_argument("--count", type=number(int), help="pictures of each caption (default: 4; 16 of none)"
+            sub.add_argument("--count", type=number(int, most=2**20),
+                             help="pictures of each caption (default: 4; 16 of none)"
                              if command is generate else of + "captions of each split (default: all held-out, as many "
                              "training ones)")
-            sub.add_argument("--cfg-scale", type=number(float, zero=True),
+            sub.add_argument("--cfg-scale", type=number(float, zero=True, most=1000),
                              default=vqrae.SAMPLING["cfg_scale"],
                              help=of + "classifier-free guidance: how much the caption counts; 1: as trained")
             sub.add_argument("--temperature", type=number(float, zero=True), default=vqrae.SAMPLING["temperature"],
@@ -492,14 +556,15 @@ def parse_args(argv=None):
         if command is generate:
             sub.add_argument("captions", nargs="*", metavar="CAPTION", help='such as "a red apple" or "noto red apple"')
         if command is export:
-            sub.add_argument("--format", choices=["hf", "tokens"], required=True,
-                             help="hf: the encoder for transformers, and the tokenizer; tokens: codes of --data")
+            sub.add_argument("--format", choices=["hf", "tokens", "onnx"], required=True,
+                             help="hf: the encoder for transformers, and the tokenizer; tokens: codes of --data; onnx: "
+                             "graphs from images to codes and back")
             sub.add_argument("--shard-size", type=number(int), default=10000, help="images to a shard of tokens")
         if command is codes:
-            sub.add_argument("--codes", type=number(int), default=16, help="how many codes to draw")
+            sub.add_argument("--codes", type=number(int, most=1000), default=16, help="how many codes to draw")
             sub.add_argument("--codebook", type=number(int, zero=True), default=0, help="of which codebook, if a model "
                              "has several")
-            sub.add_argument("--patches", type=number(int), default=16, help="how many patches of each")
+            sub.add_argument("--patches", type=number(int, most=1000), default=16, help="how many patches of each")
     return parser.parse_args(argv)
 
 

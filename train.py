@@ -19,9 +19,11 @@ import hashlib
 import json
 import math
 import os
+import re
 import signal
 import sys
 import time
+import zipfile
 from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
 from datetime import timedelta
@@ -40,10 +42,10 @@ START_TOKENS = 65536  # features that the codebook's start looks at, and four to
 
 
 def number(kind, zero=False, most=math.inf):
-    """An argparse type: a finite int or float above 0, or 0 where `zero` allows it, and no more than `most`."""
+    """An argparse type: an int below 2^63 or a finite float, above 0, or 0 where `zero` allows it, up to `most`."""
     def parse(text):
         value = kind(text)
-        if not 0 <= value <= most or value == math.inf or value == 0 and not zero:
+        if not 0 <= value <= most or value == math.inf or value == 0 and not zero or kind is int and value >= 2**63:
             raise ValueError
         return value
 
@@ -60,8 +62,8 @@ def parse_args(argv=None):
                          "2: train the encoder too, from a model of stage 1; ar: a transformer that predicts codes "
                          "from text; caption: one that writes captions of an encoder's features")
     command.add_argument("--ablate", choices=["collapse", *ABLATIONS], help="many short runs and a "
-                         "table of them; codebook: Table 5, its dimension and size; strategy: Table 6, when and how the encoder trains; "
-                         "quantizer: what VQRAE's quantizer and UniTok's buy; supervision: pixels, captions or both; "
+                         "table of them; codebook: Table 5, its dimension and size; strategy: Table 6, when and how the "
+                         "encoder trains; quantizer: what VQRAE's quantizer and UniTok's buy; supervision: pixels, captions or both; "
                          "collapse: a picture of codebooks that die and of one that lives")
     add("--init", type=Path, help="stage 2: the model of stage 1 to start from (default: out/stage1)")
     add("--preset", choices=list(vqrae.PRESETS), default="tiny", help="the settings that the flags below change")
@@ -78,7 +80,8 @@ def parse_args(argv=None):
     add("--checkpoint-every", type=count, default=200, metavar="N", help="steps between checkpoints")
     add("--log-every", type=count, default=50, metavar="N", help="steps between lines of metrics.jsonl")
     add("--evaluate-every", type=count, default=600, metavar="N", help="steps between held-out evaluations")
-    add("--workers", type=whole, default=None, help="processes that read images (default: 0 for shipped data)")
+    add("--workers", type=number(int, zero=True, most=1024), default=None,
+        help="processes that read images (default: 0 for shipped data)")
     add("--device", default="auto", help="auto, cuda, mps or cpu")
     add("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="auto: bf16 where the device has it")
     add("--compile", action="store_true", help="torch.compile: slower to start, faster steps")
@@ -114,6 +117,8 @@ def choose_device(name):
     """The torch device for --device; auto takes the fastest that is there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name.split(":")[0] not in ("cuda", "mps", "cpu"):
+        raise InputError(f"--device {name} is not known; choose auto, cuda, mps or cpu")
     if name == "cuda" and "LOCAL_RANK" in os.environ:  # torchrun starts a process for every GPU
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
@@ -150,12 +155,14 @@ class Run:
         if config.batch_size % self.ranks:
             raise InputError(f"--batch-size {config.batch_size} cannot be shared out evenly to {self.ranks} processes")
         torch.manual_seed(args.seed)
-        self.done, self.seconds, self.window = 0, 0.0, {}
+        self.done, self.seconds, self.window, self.lines = 0, 0.0, {}, []
+        self.damaged = False  # whether the last checkpoint is, so that it must not replace the one before it
 
     def read_images(self, size):
         """Both splits of --data, and the number of processes that read them."""
         self.train_images = vqrae.open_images(self.config.data, "train", size)
         self.val_images = vqrae.open_images(self.config.data, "val", size)
+        self.names = hashlib.sha256(self.train_images.names())
         workers = 0 if self.train_images.from_sheets else min(4, os.cpu_count() or 1)
         self.workers = workers if self.args.workers is None else self.args.workers
 
@@ -289,51 +296,68 @@ class Run:
         return (dict(loss=f"{line['loss']:.3f}"),
                 f"held-out loss {line['val_loss']:.3f} nats a token" if "val_loss" in line else "")
 
-    # --- checkpoints: one file, replaced in one step ---
+    # --- checkpoints: one file, replaced in one step, and the one before it ---
 
     @property
-    def checkpoint(self):
-        return self.args.out / "checkpoint" / "state.pt"
+    def checkpoints(self):
+        """Where the last checkpoint is, and the one before it."""
+        return [self.args.out / "checkpoint" / name for name in ("state.pt", "previous.pt")]
 
     def settings(self):
         """What must not change between the parts of a run, as plain values; folders may move."""
         config = {name: value for name, value in asdict(self.config).items() if name not in self.FOLDERS}
         return json.loads(json.dumps({"stage": self.args.stage, "seed": self.args.seed,
                                       "precision": "bf16" if self.bf16 else "fp32",
-                                      "training images": len(self.train_images), **config}))
+                                      "training images": len(self.train_images),
+                                      "names of the training images (SHA-256)": self.names.hexdigest(), **config}))
 
     def save(self):
-        """Write the checkpoint beside the old one, then put it in the old one's place."""
-        self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
+        """Write the checkpoint, then put it in the place of the one before, which stays beside it."""
         state = {"settings": self.settings(), "done": self.done, "seconds": self.seconds, "window": self.window,
-                 "rng": torch.get_rng_state(), **{name: part.state_dict() for name, part in self.parts.items()}}
+                 "lines": self.lines, "rng": torch.get_rng_state(),
+                 **{name: part.state_dict() for name, part in self.parts.items()}}
         if self.device.type == "cuda":
             state["cuda_rng"] = torch.cuda.get_rng_state()
-        part = self.checkpoint.with_suffix(".tmp")
-        try:
+        last, previous = self.checkpoints
+        with vqrae.replacing(last) as part:
             with open(part, "wb") as file:
                 torch.save(state, file)
                 file.flush()
                 os.fsync(file.fileno())
-        except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-            part.unlink(missing_ok=True)
-            raise InputError(f"cannot write {part} ({error}); the checkpoint before it is kept") from None
-        part.replace(self.checkpoint)
+            if last.exists() and not self.damaged:
+                last.replace(previous)
+        self.damaged = False
 
     def load(self):
-        """Go back to the checkpoint in --out; InputError when it is damaged or was made with other settings."""
-        try:
-            state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
-        except Exception as error:  # a damaged file can fail anywhere inside torch.load
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            raise InputError(f"cannot read the checkpoint {self.checkpoint}: {reason}") from None
+        """Go back to the last checkpoint in --out, or the one before if that is damaged.
+
+        InputError when there is none to go back to, or when it was made with other settings.
+        """
+        reasons = []
+        for path in self.checkpoints:
+            try:
+                with zipfile.ZipFile(path) as archive:  # torch itself does not look at its checksums
+                    damaged = archive.testzip()
+                if damaged:
+                    raise ValueError(f"{damaged} does not have its checksum")
+                state = torch.load(path, map_location="cpu", weights_only=True)
+                break
+            except Exception as error:  # a damaged file can fail anywhere inside torch.load
+                reasons.append(f"{path}: {(str(error) or type(error).__name__).splitlines()[0]}")
+        else:
+            raise InputError(f"cannot read the checkpoint {', nor '.join(reasons)}; --overwrite starts anew")
+        self.damaged = bool(reasons)
+        if self.damaged and self.rank == 0:
+            print(f"cannot read the checkpoint {reasons[0]}; going back to the one before it", file=sys.stderr)
         for name, value in self.settings().items():
             if state["settings"].get(name) != value:
                 raise InputError(f"--resume continues a run with its own settings: {name} is "
                                  f"{state['settings'].get(name)!r} in {self.args.out}, not {value!r}")
+        if "lines" not in state:
+            raise InputError(f"{path} was written by an earlier version of train.py; --overwrite starts anew")
         for name, part in self.parts.items():
             part.load_state_dict(state[name])
-        self.done, self.seconds = state["done"], state["seconds"]
+        self.done, self.seconds, self.lines = state["done"], state["seconds"], state["lines"]
         self.window = {name: (total.to(self.device), count) for name, (total, count) in state["window"].items()}
         torch.set_rng_state(state["rng"])
         if "cuda_rng" in state and self.device.type == "cuda":
@@ -770,22 +794,13 @@ SETTINGS = {field.name: field for config in (vqrae.CaptionConfig, vqrae.Generati
 
 def replace_text(path, text):
     """Write a file in one step: whoever reads it, whenever the power fails, meets the old text or the new one."""
-    part = path.with_suffix(".tmp")
-    part.write_text(text)
-    part.replace(path)
+    with vqrae.replacing(path) as part:
+        part.write_text(text)
 
 
-def read_log(path, last_step):
-    """Lines of metrics.jsonl up to a step, as dicts; what a crash left behind that step is dropped."""
-    lines = []
-    for text in path.read_text().splitlines() if path.exists() else []:
-        try:
-            line = json.loads(text)
-        except ValueError:
-            break  # the line that was being written when the run died
-        if line["step"] <= last_step:
-            lines.append(line)
-    return lines
+def write_log(path, lines):
+    """Write metrics.jsonl, one object a line."""
+    replace_text(path, "".join(json.dumps(line) + "\n" for line in lines))
 
 
 def draw_curves(lines, path):
@@ -825,13 +840,14 @@ def train(run):
     args, config, first = run.args, run.config, run.rank == 0  # the first of all ranks writes and speaks
     args.out.mkdir(parents=True, exist_ok=True)
     begin = time.time()
-    if args.resume and run.checkpoint.exists():
+    begun = any(path.exists() for path in run.checkpoints)
+    if args.resume and begun:
         run.load()
         if first:
             streamed = isinstance(run.train_images, vqrae.ShardStream)
             print(f"continuing {args.out} at step {run.done}" + streamed * (
                 ", but not bit for bit: its shards are streamed, and begin again in another order"))
-    elif run.checkpoint.exists() and not args.overwrite:
+    elif begun and not args.overwrite:
         raise InputError(f"{args.out} already holds a run: --resume continues it, --overwrite replaces it, and another "
                          "--out leaves it alone")
     else:
@@ -840,18 +856,17 @@ def train(run):
         if run.ranks > 1:
             dist.barrier()  # all have seen what there is
         if first:
-            run.checkpoint.unlink(missing_ok=True)
+            for path in run.checkpoints:
+                path.unlink(missing_ok=True)
         run.start()
     earlier, metrics = run.seconds, args.out / "metrics.jsonl"
-    lines = read_log(metrics, run.done)
     if first:
-        replace_text(metrics, "".join(json.dumps(line) + "\n" for line in lines))
+        write_log(metrics, run.lines)  # without what the part before wrote behind its last checkpoint
 
     batches = iter(run.batches())
-    bar = tqdm(total=config.steps, initial=run.done, desc=f"stage {args.stage}", unit="step", dynamic_ncols=True,
-               mininterval=1, disable=not first)
     timed_steps, timer, saved = 0, time.time(), run.done
-    with stop_signals() as stopped:
+    with stop_signals() as stopped, tqdm(total=config.steps, initial=run.done, desc=f"stage {args.stage}", unit="step",
+                                         dynamic_ncols=True, mininterval=1, disable=not first) as bar:
         while run.done < config.steps and not run.any_rank(stopped):
             run.step(next(batches))
             bar.update()
@@ -864,9 +879,13 @@ def train(run):
                 if first:
                     if evaluating:
                         line.update(run.evaluate())
-                    lines.append(line)
-                    with open(metrics, "a") as file:
-                        file.write(json.dumps(line) + "\n")
+                    run.lines.append(line)
+                    try:
+                        with open(metrics, "a") as file:
+                            file.write(json.dumps(line) + "\n")
+                    except OSError as error:
+                        raise InputError(f"cannot write {metrics} ({error}); --resume goes on from the last "
+                                         "checkpoint") from None
                     figures, sentence = run.show(line)
                     bar.set_postfix(**figures, images_per_s=f"{line['images_per_second']:.0f}")
                     if sentence:
@@ -878,13 +897,12 @@ def train(run):
         if first and saved < run.done:
             run.seconds = earlier + time.time() - begin
             run.save()
-    bar.close()
     if not first:
         sys.exit(0 if run.done == config.steps else 130)
     if run.done < config.steps:
         print(f"stopped after step {run.done} of {config.steps}; the same command with --resume goes on from here")
         sys.exit(130)
-    finish(run, lines, earlier, begin)
+    finish(run, earlier, begin)
 
 
 @contextmanager
@@ -900,13 +918,13 @@ def stop_signals():
             signal.signal(name, handler)
 
 
-def finish(run, lines, earlier, begin):
+def finish(run, earlier, begin):
     """Final evaluation of the averaged weights; write the model, summary.json and the pictures."""
-    out = run.args.out
+    out, lines = run.args.out, run.lines
     run.export()
     summary = run.summary()
     lines[-1].update(summary)
-    replace_text(out / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+    write_log(out / "metrics.jsonl", lines)
     draw_curves(lines, out / "curves.png")
     picture = run.draw()
     seconds = earlier + time.time() - begin
@@ -1245,6 +1263,12 @@ def one_sentence_errors():
         yield
     except (InputError, OSError) as error:
         sys.exit(f"error: {error}")
+    except (MemoryError, RuntimeError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        # torch has a type of its own only for the memory of a GPU.
+        if isinstance(error, RuntimeError) and not re.search("out of memory|allocate memory|Storage size", reason):
+            raise
+        sys.exit(f"error: not enough memory ({reason}); smaller sizes, a smaller batch or more --accumulate need less")
     except KeyboardInterrupt:
         sys.exit(130)
 

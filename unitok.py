@@ -311,6 +311,16 @@ class UniTokConfig(vqrae.VQRAEConfig):
     latent_noise: float = 0.0  # in units of the standard deviation of z, of the quantizer "none"
     text: vqrae.LMConfig | None = None  # of the text tower, if there is one
 
+    def __post_init__(self):
+        quantizer = self.quantizer
+        if quantizer in QUANTIZERS:
+            self.quantizer = "none"  # the one that VQRAEConfig knows too
+        super().__post_init__()
+        self.quantizer = quantizer
+        vqrae.check_fields(self, ("codebooks",))
+        if self.projection not in ("linear", "attention"):
+            raise InputError(f"projection {self.projection!r} is unknown")
+
 
 QUANTIZERS = {
     "mcq": MultiCodebook,
@@ -450,6 +460,10 @@ class DepthLMConfig(vqrae.LMConfig):
     """An LMConfig, and how many codes stand at every place of an image."""
 
     codebooks: int = 1  # M
+
+    def __post_init__(self):
+        super().__post_init__()
+        vqrae.check_fields(self, ("codebooks",))
 
 
 class SummedEmbedding(nn.Embedding):

@@ -20,7 +20,8 @@ import random
 import re
 import sys
 import tarfile
-from dataclasses import asdict, dataclass, field, replace
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,9 +41,47 @@ class InputError(ValueError):
     """A mistake in the user's input that one sentence explains; the drivers print it without a traceback."""
 
 
+@contextmanager
+def replacing(path):
+    """A path to write what then takes the place of `path` in one step: readers meet the old file or the new one.
+
+    InputError when it cannot be written, say on a full disk; nothing half written is left behind then.
+    """
+    path = Path(path)
+    part = path.with_name(f"{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield part
+        part.replace(path)
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch reports a full disk as a RuntimeError
+        raise InputError(f"cannot write {path}, perhaps for want of room ({error}); what stood there before is kept"
+                         ) from None
+    finally:
+        part.unlink(missing_ok=True)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # The ViT block, shared by encoder and decoder
 # ----------------------------------------------------------------------------------------------------------------------
+
+
+def check_fields(config, at_least_1=()):
+    """InputError for a field of a config that no model could have: a config.json may hold anything.
+
+    at_least_1: names of whole numbers that must not be 0.
+    """
+    for entry in fields(config):
+        name, value, kind = entry.name, getattr(config, entry.name), entry.type
+        if kind is int:
+            good = type(value) is int and (name in at_least_1) <= value <= (1000 if name == "depth" else 2**24)
+        elif kind is float:
+            good = type(value) in (int, float) and 0 <= value <= 1e12
+        elif kind is tuple:
+            good = len(value) == 3 and all(type(x) in (int, float) and abs(x) <= 1e12 for x in value)
+        else:
+            good = isinstance(value, kind)
+        if not good:
+            raise InputError(f"{name} is {value!r}")
 
 
 @dataclass
@@ -70,6 +109,12 @@ class ViTConfig:
 
     def __post_init__(self):
         self.mean, self.std = tuple(self.mean), tuple(self.std)  # a JSON file has lists
+        check_fields(self, ("image_size", "patch_size", "width", "depth", "heads", "mlp_width"))
+        if self.width % self.heads or self.image_size < self.patch_size:
+            raise InputError(f"width {self.width} must be a multiple of heads {self.heads}, and image_size "
+                             f"{self.image_size} no less than patch_size {self.patch_size}")
+        if self.family not in FAMILIES or self.activation not in ACTIVATIONS:
+            raise InputError(f"family {self.family!r} or activation {self.activation!r} is unknown")
 
 
 def attend(q, k, v, visible=None):
@@ -190,12 +235,12 @@ class Encoder(nn.Module):
         x = self.patch_embed((images - self.mean) / self.std)  # (B, d, H/p, W/p)
         positions = self.positions_for(*x.shape[-2:])  # (1, [1 +] N, d)
         x = x.flatten(2).transpose(1, 2)  # (B, N, d)
-        if self.config.class_token:
-            x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)  # (B, 1 + N, d)
+        if self.config.class_token:  # shape[0], for with len(x) an exported graph would be for one size of batch
+            x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)  # (B, 1 + N, d)
         x = x + positions  # (B, [1 +] N, d)
         if self.config.registers:
             first = int(self.config.class_token)
-            x = torch.cat([x[:, :first], self.registers.expand(len(x), -1, -1), x[:, first:]], dim=1)
+            x = torch.cat([x[:, :first], self.registers.expand(x.shape[0], -1, -1), x[:, first:]], dim=1)
         x = self.pre_norm(x)  # (B, [1 +] registers + N, d)
         for block in self.blocks:
             x = block(x)  # (B, [1 +] registers + N, d)
@@ -311,8 +356,16 @@ def read_json(path):
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not valid JSON: {error}") from None
+
+
+def read_config(path):
+    """The JSON object in a file, as a dict; InputError when it is missing, damaged or something else."""
+    config = read_json(path)
+    if not isinstance(config, dict):
+        raise InputError(f"{path} holds no JSON object, which it should")
+    return config
 
 
 def read_safetensors(path):
@@ -328,8 +381,8 @@ def read_checkpoint(folder):
     index = folder / "model.safetensors.index.json"
     if not index.exists():
         return read_safetensors(folder / "model.safetensors")
-    shards = read_json(index).get("weight_map")
-    if not isinstance(shards, dict):
+    shards = read_config(index).get("weight_map")
+    if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
         raise InputError(f"{index} has no weight_map, which names the file of each tensor")
     weights = {}
     for name in sorted(set(shards.values())):
@@ -339,26 +392,33 @@ def read_checkpoint(folder):
     return weights
 
 
-def load_weights(module, weights, path):
-    """Put named tensors into a module, all of them; InputError names the first missing name or wrong shape."""
-    for name, tensor in module.state_dict().items():
+def check_weights(expected, weights, path):
+    """InputError names the first tensor that is missing among the weights, or is not as the expected one."""
+    for name, tensor in expected.items():
         if name not in weights:
             raise InputError(f"{path} has no tensor {name!r}, so it does not fit its config.json")
         if weights[name].shape != tensor.shape:
             expected, found = tuple(tensor.shape), tuple(weights[name].shape)
             raise InputError(f"{path}: tensor {name!r} has shape {found} where config.json asks for {expected}")
+        if weights[name].dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+            raise InputError(f"{path}: tensor {name!r} is of type {weights[name].dtype}, which is not read here")
+        if not weights[name].isfinite().all():
+            raise InputError(f"{path}: tensor {name!r} has values that are no numbers, so it is damaged")
+
+
+def load_weights(module, weights, path):
+    """Put named tensors into a module, all of them; InputError names the first missing name or wrong shape."""
+    check_weights(module.state_dict(), weights, path)
     module.load_state_dict({name: weights[name] for name in module.state_dict()})
 
 
 def save_model(model, folder):
-    """Write config.json and model.safetensors, each replaced in one step, so no reader meets half a file."""
+    """Write config.json and model.safetensors, each replaced in one step."""
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    save_file(weights, folder / "model.safetensors.tmp")
-    (folder / "config.json.tmp").write_text(json.dumps(asdict(model.config), indent=2) + "\n")
-    for name in ("model.safetensors", "config.json"):
-        (folder / f"{name}.tmp").replace(folder / name)
+    with replacing(folder / "config.json") as config_part, replacing(folder / "model.safetensors") as weights_part:
+        config_part.write_text(json.dumps(asdict(model.config), indent=2) + "\n")
+        save_file(weights, weights_part)
 
 
 def load_model(folder, kind, maker, build):
@@ -371,10 +431,14 @@ def load_model(folder, kind, maker, build):
         raise InputError(f"no model at {folder}: the folder does not exist; python train.py {maker}")
     saved = read_json(folder / "config.json")
     try:
-        model = build(saved)
-    except (KeyError, TypeError) as error:
-        raise InputError(f"{folder}/config.json does not describe a {kind}: {error}") from None
-    load_weights(model, read_safetensors(folder / "model.safetensors"), folder / "model.safetensors")
+        with torch.device("meta"):  # sizes without memory: config.json may ask for more than there is
+            expected = build(saved).state_dict()
+    except (KeyError, TypeError, InputError, RuntimeError) as error:  # the last for sizes that no memory has
+        raise InputError(f"{folder}/config.json does not describe a {kind}: {str(error).splitlines()[0]}") from None
+    weights = read_safetensors(folder / "model.safetensors")
+    check_weights(expected, weights, folder / "model.safetensors")
+    model = build(saved)
+    model.load_state_dict({name: weights[name] for name in expected})
     return model.eval()
 
 
@@ -399,22 +463,22 @@ def load_encoder(source):
     InputError when the source cannot be had or does not fit.
     """
     folder = hub_folder(source)
-    hub = read_json(folder / "config.json")
+    hub = read_config(folder / "config.json")
     if "codebook_dim" in hub:
         return load_model(folder, "VQRAE", "--stage 1 makes one", lambda saved: nn.ModuleDict(
             {"encoder": Encoder(ViTConfig(**saved["encoder"]))}))["encoder"]
     hub = hub.get("vision_config", hub)  # SigLIP and CLIP come with their text half, InternViT with a language model
-    kind = hub.get("model_type")
-    if kind not in FAMILIES:
+    kind = hub.get("model_type") if isinstance(hub, dict) else hub
+    if not isinstance(kind, str) or kind not in FAMILIES:
         raise InputError(f"{folder}/config.json is of type {kind!r}; this loader reads {', '.join(FAMILIES)}")
     column, _, defaults, traits = FAMILIES[kind]
     hub = {**defaults, **hub}
     if (hub.get("use_swiglu_ffn") or hub.get("use_qk_norm") or hub.get("qk_normalization")
-            or hub.get("norm_type") == "rms_norm" or hub.get("hidden_act") not in ACTIVATIONS):
+            or hub.get("norm_type") == "rms_norm" or str(hub.get("hidden_act")) not in ACTIVATIONS):
         raise InputError(f"{folder}/config.json asks for SwiGLU, q/k norms, RMSNorm or an activation other than "
                          f"{', '.join(ACTIVATIONS)}, as the largest models of these families have; none of it is here")
     statistics = folder / "preprocessor_config.json"
-    statistics = read_json(statistics) if statistics.exists() else {}
+    statistics = read_config(statistics) if statistics.exists() else {}
     try:
         sides = [hub[name][0] if isinstance(hub[name], list) else hub[name] for name in ("image_size", "patch_size")]
         config = ViTConfig(
@@ -428,9 +492,13 @@ def load_encoder(source):
                "registers": hub.get("num_register_tokens", 0) if kind == "dinov2_with_registers" else 0,
                "mean": tuple(statistics.get("image_mean") or traits.get("mean", ViTConfig.mean)),
                "std": tuple(statistics.get("image_std") or traits.get("std", ViTConfig.std))})
+        with torch.device("meta"):  # sizes without memory, as in `load_model`
+            expected = Encoder(config).state_dict()
     except KeyError as error:
         raise InputError(f"{folder}/config.json lacks {error}") from None
-    encoder = Encoder(config)
+    except (IndexError, TypeError, ValueError, OverflowError, RuntimeError) as error:
+        raise InputError(f"{folder}/config.json or preprocessor_config.json does not describe an encoder: "
+                         f"{str(error).splitlines()[0]}") from None
     # Inside a larger model the encoder's names have a prefix, and so has everything else another one.
     theirs = {re.sub(r"^(model\.)?((vision_model|vision_tower)\.)*", "", name): tensor
               for name, tensor in read_checkpoint(folder).items()}
@@ -439,15 +507,19 @@ def load_encoder(source):
                          ("o_proj", "output.dense")):
             theirs = {name.replace(f"attention.{new}", f"attention.{old}"): tensor for name, tensor in theirs.items()}
     weights = {}
-    for name, ours in encoder.state_dict().items():
+    for name, ours in expected.items():
         names = hub_names(name, column)
         missing = [part for part in names if part not in theirs]
         if missing:
             raise InputError(f"the weights in {folder} have no tensor {missing[0]!r}")
+        if any(theirs[part].shape[1:] != theirs[names[0]].shape[1:] or not theirs[part].dim() for part in names):
+            raise InputError(f"the weights in {folder}: tensors {', '.join(map(repr, names))} do not fit together")
         weights[name] = torch.cat([theirs[part].float() for part in names])
         if name in ("cls_token", "positions") and weights[name].numel() == ours.numel():
             weights[name] = weights[name].reshape(ours.shape)  # some families store them without the batch dimension
-    load_weights(encoder, weights, folder)
+    check_weights(expected, weights, folder)
+    encoder = Encoder(config)
+    encoder.load_state_dict(weights)
     return encoder.eval()
 
 
@@ -634,6 +706,11 @@ class VQRAEConfig:
     quantizer: str = "simvq"  # a name in QUANTIZERS
     beta: float = 0.25
     beta_side: str = "commitment"
+
+    def __post_init__(self):
+        check_fields(self, ("image_size", "output_patch_size", "codebook_size", "codebook_dim"))
+        if self.quantizer not in QUANTIZERS or self.encoder.width % 4:
+            raise InputError(f"quantizer {self.quantizer!r} is unknown, or width {self.encoder.width} no multiple of 4")
 
 
 QUANTIZERS = {"simvq": SimVQ, "vq": VectorQuantizer, "none": NoQuantizer}
@@ -1021,6 +1098,12 @@ class LMConfig:
     rope_theta: float = 1e6
     norm_eps: float = 1e-6
 
+    def __post_init__(self):
+        check_fields(self, ("text_vocabulary", "width", "depth", "heads", "kv_heads", "head_width", "mlp_width"))
+        if self.heads % self.kv_heads or self.head_width % 2:
+            raise InputError(f"heads {self.heads} must be a multiple of kv_heads {self.kv_heads}, and head_width "
+                             f"{self.head_width} even")
+
 
 class RMSNorm(nn.Module):
     """x / sqrt(mean x^2) over the last dimension, in float32, times a learned weight."""
@@ -1242,7 +1325,7 @@ def misread(codes, most, generator):
 
 def choose(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
     """Draw one of K by logits (B, K) -> (B,), among the top_k likeliest (0: all) and the fewest that make up top_p."""
-    if temperature == 0:
+    if temperature < 1e-6:  # divided by less, logits would be no numbers
         return logits.argmax(1)
     logits = logits / temperature
     if 0 < top_k < logits.shape[1]:
@@ -1276,7 +1359,7 @@ def load_qwen3(source, codebook_size, image_tokens=0):
     is no Qwen3 with tied embeddings.
     """
     folder = hub_folder(source)
-    hub = read_json(folder / "config.json")
+    hub = read_config(folder / "config.json")
     if hub.get("model_type") != "qwen3" or not hub.get("tie_word_embeddings") or hub.get("attention_bias"):
         raise InputError(f"{folder}/config.json is of type {hub.get('model_type')!r}; this loader reads dense Qwen3 "
                          "with tied embeddings, such as Qwen/Qwen3-0.6B")
@@ -1286,15 +1369,19 @@ def load_qwen3(source, codebook_size, image_tokens=0):
             depth=hub["num_hidden_layers"], heads=hub["num_attention_heads"], kv_heads=hub["num_key_value_heads"],
             head_width=hub["head_dim"], mlp_width=hub["intermediate_size"], image_tokens=image_tokens,
             rope_theta=hub.get("rope_theta") or hub["rope_parameters"]["rope_theta"], norm_eps=hub["rms_norm_eps"])
+        with torch.device("meta"):  # sizes without memory, as in `load_model`
+            expected = VisualLM(replace(config, codebook_size=0)).state_dict()
     except KeyError as error:
         raise InputError(f"{folder}/config.json lacks {error}") from None
-    model = VisualLM(config)
+    except (TypeError, InputError, RuntimeError) as error:
+        raise InputError(f"{folder}/config.json does not describe a Qwen3: {str(error).splitlines()[0]}") from None
     weights = read_checkpoint(folder)
-    ours = {name: weights[qwen3_name(name)].float() for name in model.state_dict() if qwen3_name(name) in weights}
-    if "embedding.weight" in ours:
-        codes = model.embedding.weight.detach()[config.text_vocabulary:]
-        ours["embedding.weight"] = torch.cat([ours["embedding.weight"], codes])
-    load_weights(model, ours, folder)
+    ours = {name: weights[qwen3_name(name)].float() for name in expected if qwen3_name(name) in weights}
+    check_weights(expected, ours, folder)
+    model = VisualLM(config)
+    codes = model.embedding.weight.detach()[config.text_vocabulary:]
+    ours["embedding.weight"] = torch.cat([ours["embedding.weight"], codes])
+    model.load_state_dict(ours)
     if (folder / "tokenizer.json").exists():
         model.text = load_text_tokenizer(folder / "tokenizer.json", config.text_vocabulary)
     return model.eval()
@@ -1318,6 +1405,9 @@ class CaptionerConfig:
     encoder: ViTConfig
     image_size: int  # side of the images it was trained on
     lm: LMConfig
+
+    def __post_init__(self):
+        check_fields(self, ("image_size",))
 
 
 class Captioner(nn.Module):
@@ -1632,12 +1722,14 @@ def image_codes(model, images, folder, batch_size=64, device="cpu", workers=0):
     """The codes (n, N) of all images of an ImageSet, evaluation views, and the places (n,) of the readable ones in it.
 
     They are kept in `folder`, in a file that is named after everything they depend on: model and images. So a change
-    of either makes them anew, and a stale file is never read.
+    of either makes them anew, and a stale file is never read. Nor is a damaged one.
     """
     path = Path(folder) / f"{codes_digest(model, images)[:32]}.safetensors"
-    if not path.exists():
+    try:
+        saved = read_safetensors(path)
+    except InputError:
         write_codes(path, *codes_of(model, images, range(len(images)), batch_size, device, workers))
-    saved = read_safetensors(path)
+        saved = read_safetensors(path)
     return saved["codes"].long(), saved["places"]
 
 
@@ -1662,10 +1754,9 @@ def codes_of(model, images, keys, batch_size=64, device="cpu", workers=0):
 
 
 def write_codes(path, codes, places):
-    """Write codes and places in one step, so that no reader meets half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({"codes": codes, "places": places}, path.with_suffix(".tmp"))
-    path.with_suffix(".tmp").replace(path)
+    """Write codes and places in one step."""
+    with replacing(path) as part:
+        save_file({"codes": codes, "places": places}, part)
 
 
 @torch.no_grad()
@@ -1695,9 +1786,12 @@ def read_image(path, file=None):
             if image.has_transparency_data:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            if max(image.size) > 1000 * min(image.size):  # resized, it would have no end
+                raise ValueError(f"{image.width} x {image.height} pixels are hardly more than a line")
             return image.convert("RGB")
     except Exception as error:  # PIL's decoders raise a dozen types for bytes that are not an image
-        raise InputError(f"cannot read {path} as an image: {error}") from None
+        raise InputError(f"cannot read {path} as an image: {(str(error) or type(error).__name__).splitlines()[0]}"
+                         ) from None
 
 
 @functools.cache
@@ -1711,8 +1805,9 @@ def find_images(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for path in (Path(directory, name) for name in sorted(files) if not name.startswith(".")):
             try:
-                Image.open(path).close()  # reads the header only, so a large folder is listed quickly
-                found.append(str(path))
+                if path.is_file():  # a pipe would be waited for
+                    Image.open(path).close()  # reads the header only, so a large folder is listed quickly
+                    found.append(str(path))
             except Exception:
                 skipped.append(path)
     if skipped:
@@ -1875,14 +1970,22 @@ class ImageSet(torch.utils.data.Dataset):
 
     def read_sheets(self, sheets, split):
         self.sources, self.sheet_records = [], []
-        for sheet in sheets:
-            canvas, side = np.asarray(read_image(self.folder / sheet["file"])), sheet["tile"]
-            columns = canvas.shape[1] // side
-            for i, record in enumerate(sheet["images"]):
-                if split in ("all", record["split"]):
+        try:
+            for sheet in sheets:
+                canvas, side = np.asarray(read_image(self.folder / sheet["file"])), sheet["tile"]
+                columns = canvas.shape[1] // side
+                for i, record in enumerate(sheet["images"]):
+                    record = {"style": sheet["style"], **record}
                     top, left = i // columns * side, i % columns * side
-                    self.sources.append(canvas[top:top + side, left:left + side])
-                    self.sheet_records.append({"style": sheet["style"], **record})
+                    if not all(isinstance(value, str) for value in record.values()) or top + side > len(canvas):
+                        raise ValueError(f"image {i} of {sheet['file']} has no place there or is not described")
+                    if split in ("all", record["split"]):
+                        self.sources.append(canvas[top:top + side, left:left + side])
+                        self.sheet_records.append(record)
+        except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(f"{self.folder}/index.json does not describe sheets of images: {error}") from None
 
     def find_files(self, split):
         """The paths of a split's images, or Shards."""
@@ -1957,6 +2060,12 @@ class ImageSet(torch.utils.data.Dataset):
         keys = [i * len(self) // count for i in range(count)]
         return torch.cat(list(self.batches(keys, count))).float() / 255
 
+    def names(self):
+        """The names of all images below `folder`, as bytes: the same wherever the folder is."""
+        if isinstance(self.sources, Shards):
+            return self.sources.rows["name"][self.sources.images].tobytes()
+        return json.dumps([record.get("name") for record in self.records]).encode()
+
     def fingerprint(self):
         """SHA-256 of what the images depend on: pixels of our sheets; paths, sizes and dates of files; and the size."""
         digest = hashlib.sha256(str(self.size).encode())
@@ -1968,7 +2077,7 @@ class ImageSet(torch.utils.data.Dataset):
                 digest.update(source.tobytes())
             else:
                 stat = os.stat(source)
-                digest.update(f"{source} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+                digest.update(f"{source} {stat.st_size} {stat.st_mtime_ns}\n".encode(errors="surrogateescape"))
         return digest.hexdigest()
 
     def batches(self, keys, batch_size, workers=0, indices=False):
@@ -2015,6 +2124,9 @@ class ShardStream(ImageSet, torch.utils.data.IterableDataset):
                          "into a folder")
 
     fingerprint = records.fget
+
+    def names(self):
+        return "\n".join(self.sources).encode()
 
     def batches(self, keys, batch_size, workers=0, indices=False):
         self.keys = keys
@@ -2115,7 +2227,7 @@ class CommonConfig:
     data: str = setting("folder of images, flat or one folder per class, or of tar shards; shards-{000..009}.tar; or "
                         "a URL of shards, to be streamed")
     steps: int = setting("training steps")
-    batch_size: int = setting("images a step")
+    batch_size: int = setting("images a step", most=2**20)
     accumulate: int = setting("parts that a step's images are taken in, one after the other, for want of memory")
     learning_rate: float = setting("at its highest, after the warm-up; of all that has no rate of its own")
     end_factor: float = setting("what is left of each learning rate at the end of its cosine", zero=True, most=1)
@@ -2132,8 +2244,9 @@ class TrainingConfig(CommonConfig):
     """Settings of stage 1 or 2, Table 7's rows among them."""
 
     encoder: str = setting("vision encoder: a folder in the hub's layout, a hub id, or a folder of a VQRAE")
-    image_size: int = setting("side of the training images in pixels")
-    output_patch_size: int | None = setting("q, side of a token's patch of output (default: the encoder's p)")
+    image_size: int = setting("side of the training images in pixels", most=16384)
+    output_patch_size: int | None = setting("q, side of a token's patch of output (default: the encoder's p)",
+                                            most=1024)
     quantizer: str = setting("simvq: the paper's; vq: plain; none: continuous", choices=list(QUANTIZERS))
     codebook_size: int = setting("number of codes, K")
     codebook_dim: int = setting("width of a code, e")
@@ -2183,7 +2296,7 @@ class CaptionConfig(LanguageConfig):
     """Settings of stage caption."""
 
     encoder: str = setting("the encoder that is read")
-    image_size: int = setting("side of the images")
+    image_size: int = setting("side of the images", most=16384)
 
 
 # What a model of stage 1 has fixed for stage 2.
