@@ -589,7 +589,7 @@ def test_a_wrong_argument_is_one_sentence(short_run, extra, sentence):
 def test_the_rows_of_the_quantizer_ablation_differ_in_the_choice_and_in_nothing_else():
     rows = list(train.quantizer_rows(train.parse_args(["--ablate", "quantizer"])))
     by_name = {row["quantizer"]: stages[0][1] for row, _, stages in rows}
-    assert {changes["steps"] for changes in by_name.values()} == {400}
+    assert {changes["steps"] for changes in by_name.values()} == {200}
     assert {changes["codebook_dim"] for changes in by_name.values()} == {64}
     assert not any("codebook_size" in changes for changes in by_name.values())  # K, the codes of all codebooks
     assert [by_name[f"mcq {m}"]["codebooks"] for m in (1, 2, 4, 8)] == [1, 2, 4, 8]

@@ -62,9 +62,9 @@ def parse_args(argv=None):
                          "2: train the encoder too, from a model of stage 1; ar: a transformer that predicts codes "
                          "from text; caption: one that writes captions of an encoder's features")
     command.add_argument("--ablate", choices=["collapse", *ABLATIONS], help="many short runs and a "
-                         "table of them; codebook: Table 5, its dimension and size; strategy: Table 6, when and how the "
-                         "encoder trains; quantizer: what VQRAE's quantizer and UniTok's buy; supervision: pixels, captions or both; "
-                         "collapse: a picture of codebooks that die and of one that lives")
+                         "table; codebook: Table 5, its dimension and size; strategy: Table 6, when and how the "
+                         "encoder trains; quantizer: what VQRAE's quantizer and UniTok's buy; supervision: pixels, "
+                         "captions or both; collapse: a picture of codebooks that die and of one that lives")
     add("--init", type=Path, help="stage 2: the model of stage 1 to start from (default: out/stage1)")
     add("--preset", choices=list(vqrae.PRESETS), default="tiny", help="the settings that the flags below change")
     for name, field in SETTINGS.items():
@@ -1061,14 +1061,14 @@ def quantizer_rows(args):
         ("mcq 2", {"codebooks": 2}, False),
         ("mcq 4", {"codebooks": 4}, False),
         ("mcq 8", {}, True),
-        ("mcq 8 of simvq", {"quantizer": "mcq-simvq"}, True),
+        ("mcq 8 of simvq", {"quantizer": "mcq-simvq"}, False),
         ("rq 8", {"quantizer": "rq"}, True),
         ("mcq 8, attention", {"projection": "attention"}, True),
         ("none", {"quantizer": "none", "codebooks": 1}, False),
         ("none, RAE's noise", {"quantizer": "none", "codebooks": 1, "latent_noise": 0.8}, False),
     ]:
         for seed in range(args.seed, args.seed + (3 if claims else 1)):
-            yield {"quantizer": name}, seed, [("1", {"steps": args.steps or 400, **UNITOK, **changes})]
+            yield {"quantizer": name}, seed, [("1", {"steps": args.steps or 200, **UNITOK, **changes})]
 
 
 def supervision_rows(args):
@@ -1081,8 +1081,8 @@ def supervision_rows(args):
     }.items():
         for seed in range(args.seed, args.seed + 3):
             yield {"supervision": name}, seed, [("1", {
-                "steps": args.steps or 400, "encoder_learning_rate": rate, "contrastive": args.contrastive or "sigmoid",
-                **UNITOK, **changes})]
+                "steps": args.steps or 300, "batch_size": args.batch_size or 64, "encoder_learning_rate": rate,
+                "contrastive": args.contrastive or "sigmoid", **UNITOK, **changes})]
 
 
 ABLATIONS = {
