@@ -1137,7 +1137,7 @@ def run_row(args, folder, seed, configs):
         kind = "discrete" if args.ablate != "strategy" and config.quantizer != "none" else "continuous"
         model = unitok.load_tokenizer(run.args.out).to(run.device)
         read = vqrae.understanding(model, run.teacher, run.train_images, run.val_images, device=run.device,
-                                   workers=run.workers)
+                                   workers=run.workers, keys=("category",))
         result.update(read.get(kind, {}))
     if "train_utilization_of_each" in result:
         result["worst_utilization"] = min(result["train_utilization_of_each"])

@@ -1596,18 +1596,19 @@ def nearest_neighbours(train_features, train_labels, test_features, test_labels,
 
 
 @torch.no_grad()
-def understanding(model, teacher, train_images, test_images, batch_size=64, device="cpu", workers=0):
+def understanding(model, teacher, train_images, test_images, batch_size=64, device="cpu", workers=0,
+                  keys=("category", "subcategory")):
     """What can be read off the features: {"teacher", "continuous", "discrete"} -> {measure: value}.
 
     continuous: the model's Z_I; discrete: the features that its codes stand for, if it has codes; both, and the frozen
-    teacher's, as the mean over an image's tokens. For the labels of the two ImageSets ("category", and "subcategory"
-    where there is): NAME_transfer is the accuracy of a probe fitted to the teacher's training features and applied
+    teacher's, as the mean over an image's tokens. For those of the `keys` that the records of the two ImageSets have:
+    NAME_transfer is the accuracy of a probe fitted to the teacher's training features and applied
     unchanged (the paper's "without retraining"), NAME_probe that of one fitted to these features, NAME_neighbours that
     of 10 nearest neighbours. cosine is the mean similarity of a token to the teacher's. Empty when there are fewer than
     two labels.
     """
     names = {}
-    for key in ("category", "subcategory"):
+    for key in keys:
         labels = [record.get(key, "") for images in (train_images, test_images) for record in images.records]
         if len(set(labels)) > 1:
             values = sorted(set(labels))
