@@ -603,7 +603,7 @@ def test_the_rows_of_the_quantizer_ablation_differ_in_the_choice_and_in_nothing_
 def test_these_ablations_end_in_a_table_and_a_plot(ablation, short_run, tmp_path, monkeypatch):
     make_rows, *others = train.ABLATIONS[ablation]
     monkeypatch.setattr(train, "UNITOK", {**train.UNITOK, "codebooks": 4, "codebook_dim": 12})
-    every = 7 if ablation == "quantizer" else 3
+    every = 7 if ablation == "quantizer" else 1
     monkeypatch.setitem(train.ABLATIONS, ablation, (lambda args: list(make_rows(args))[::every], *others))
     at = short_run.index("--codebook-dim")
     train.main(["--ablate", ablation, *short_run[2:at], *short_run[at + 2:]])

@@ -1079,10 +1079,9 @@ def supervision_rows(args):
         "contrastive": {"reconstruction_weight": 0.0},
         "both": {},
     }.items():
-        for seed in range(args.seed, args.seed + 3):
-            yield {"supervision": name}, seed, [("1", {
-                "steps": args.steps or 300, "batch_size": args.batch_size or 64, "encoder_learning_rate": rate,
-                "contrastive": args.contrastive or "sigmoid", **UNITOK, **changes})]
+        yield {"supervision": name}, args.seed, [("1", {
+            "steps": args.steps or 300, "batch_size": args.batch_size or 64, "encoder_learning_rate": rate,
+            "contrastive": args.contrastive or "sigmoid", **UNITOK, **changes})]
 
 
 ABLATIONS = {

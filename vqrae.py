@@ -1620,10 +1620,10 @@ def understanding(model, teacher, train_images, test_images, batch_size=64, devi
     for images in (train_images, test_images):
         for batch in images.batches(range(len(images)), batch_size, workers):
             x = batch.to(device).float() / 255
-            out = model(x)
-            features = {"teacher": teacher(x), "continuous": out.features}
-            if out.indices is not None:
-                features["discrete"] = model.features_of(out.z_q)
+            features = {"teacher": teacher(x), "continuous": model.encoder(x)}
+            z_q, indices, _, _ = model.quantizer(model.project_features(features["continuous"]))
+            if indices is not None:
+                features["discrete"] = model.features_of(z_q)
             for name, tokens in features.items():  # (B, N, d)
                 pooled.setdefault(name, []).append(tokens.mean(1).cpu())
                 if images is test_images:
