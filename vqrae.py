@@ -467,11 +467,41 @@ def load_encoder(source):
     if "codebook_dim" in hub:
         return load_model(folder, "VQRAE", "--stage 1 makes one", lambda saved: nn.ModuleDict(
             {"encoder": Encoder(ViTConfig(**saved["encoder"]))}))["encoder"]
+    config, expected = read_vit_config(hub, folder)
+    column, weights = FAMILIES[config.family][0], {}
+    # Inside a larger model the encoder's names have a prefix, and so has everything else another one.
+    theirs = {re.sub(r"^(model\.)?((vision_model|vision_tower)\.)*", "", name): tensor
+              for name, tensor in read_checkpoint(folder).items()}
+    if column == 1:  # recent versions of transformers have other names for DINOv2 in memory; someone may have kept them
+        for new, old in (("q_proj", "attention.query"), ("k_proj", "attention.key"), ("v_proj", "attention.value"),
+                         ("o_proj", "output.dense")):
+            theirs = {name.replace(f"attention.{new}", f"attention.{old}"): tensor for name, tensor in theirs.items()}
+    for name, ours in expected.items():
+        names = hub_names(name, column)
+        missing = [part for part in names if part not in theirs]
+        if missing:
+            raise InputError(f"the weights in {folder} have no tensor {missing[0]!r}")
+        if any(theirs[part].shape[1:] != theirs[names[0]].shape[1:] or not theirs[part].dim() for part in names):
+            raise InputError(f"the weights in {folder}: tensors {', '.join(map(repr, names))} do not fit together")
+        weights[name] = torch.cat([theirs[part].float() for part in names])
+        if name in ("cls_token", "positions") and weights[name].numel() == ours.numel():
+            weights[name] = weights[name].reshape(ours.shape)  # some families store them without the batch dimension
+    check_weights(expected, weights, folder)
+    encoder = Encoder(config)
+    encoder.load_state_dict(weights)
+    return encoder.eval()
+
+
+def read_vit_config(hub, folder):
+    """The ViTConfig that config.json, as a dict, and preprocessor_config.json describe, and its encoder's tensors.
+
+    The tensors are sizes without memory, as in `load_model`. Raises InputError when the files make no sense.
+    """
     hub = hub.get("vision_config", hub)  # SigLIP and CLIP come with their text half, InternViT with a language model
     kind = hub.get("model_type") if isinstance(hub, dict) else hub
     if not isinstance(kind, str) or kind not in FAMILIES:
         raise InputError(f"{folder}/config.json is of type {kind!r}; this loader reads {', '.join(FAMILIES)}")
-    column, _, defaults, traits = FAMILIES[kind]
+    _, _, defaults, traits = FAMILIES[kind]
     hub = {**defaults, **hub}
     if (hub.get("use_swiglu_ffn") or hub.get("use_qk_norm") or hub.get("qk_normalization")
             or hub.get("norm_type") == "rms_norm" or str(hub.get("hidden_act")) not in ACTIVATIONS):
@@ -492,35 +522,13 @@ def load_encoder(source):
                "registers": hub.get("num_register_tokens", 0) if kind == "dinov2_with_registers" else 0,
                "mean": tuple(statistics.get("image_mean") or traits.get("mean", ViTConfig.mean)),
                "std": tuple(statistics.get("image_std") or traits.get("std", ViTConfig.std))})
-        with torch.device("meta"):  # sizes without memory, as in `load_model`
-            expected = Encoder(config).state_dict()
+        with torch.device("meta"):
+            return config, Encoder(config).state_dict()
     except KeyError as error:
         raise InputError(f"{folder}/config.json lacks {error}") from None
     except (IndexError, TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise InputError(f"{folder}/config.json or preprocessor_config.json does not describe an encoder: "
                          f"{str(error).splitlines()[0]}") from None
-    # Inside a larger model the encoder's names have a prefix, and so has everything else another one.
-    theirs = {re.sub(r"^(model\.)?((vision_model|vision_tower)\.)*", "", name): tensor
-              for name, tensor in read_checkpoint(folder).items()}
-    if column == 1:  # recent versions of transformers have other names for DINOv2 in memory; someone may have kept them
-        for new, old in (("q_proj", "attention.query"), ("k_proj", "attention.key"), ("v_proj", "attention.value"),
-                         ("o_proj", "output.dense")):
-            theirs = {name.replace(f"attention.{new}", f"attention.{old}"): tensor for name, tensor in theirs.items()}
-    weights = {}
-    for name, ours in expected.items():
-        names = hub_names(name, column)
-        missing = [part for part in names if part not in theirs]
-        if missing:
-            raise InputError(f"the weights in {folder} have no tensor {missing[0]!r}")
-        if any(theirs[part].shape[1:] != theirs[names[0]].shape[1:] or not theirs[part].dim() for part in names):
-            raise InputError(f"the weights in {folder}: tensors {', '.join(map(repr, names))} do not fit together")
-        weights[name] = torch.cat([theirs[part].float() for part in names])
-        if name in ("cls_token", "positions") and weights[name].numel() == ours.numel():
-            weights[name] = weights[name].reshape(ours.shape)  # some families store them without the batch dimension
-    check_weights(expected, weights, folder)
-    encoder = Encoder(config)
-    encoder.load_state_dict(weights)
-    return encoder.eval()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
