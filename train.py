@@ -118,7 +118,7 @@ def choose_device(name):
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if name.split(":")[0] not in ("cuda", "mps", "cpu"):
-        raise InputError(f"--device {name} is not known; choose auto, cuda, mps or cpu")
+        raise InputError(f"--device {name} is not available here; choose auto, cuda, mps or cpu")
     if name == "cuda" and "LOCAL_RANK" in os.environ:  # torchrun starts a process for every GPU
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:

@@ -1,10 +1,10 @@
-"""The dinov2-s preset's stage-1 step on a CPU beside the same step built from well-known parts, in alternating processes.
+"""The dinov2-s preset's stage-1 step on a CPU beside the same step of well-known parts, in alternating processes.
 
     python .ci/compare_dinov2.py [../shared/weights/dinov2-small]
 
 The other step: transformers' Dinov2Model, frozen, and a decoder of as many ViTMAE layers of the same sizes, with
-vector-quantize-pytorch's SimVQ between them. Both: 224 px, K 16,384, e 512, MSE and the quantizer's losses (no perceptual
-loss), AdamW, clipping, an average of the weights, the same batch; once in fp32 and once under autocast to bf16.
+vector-quantize-pytorch's SimVQ between them. Both: 224 px, K 16,384, e 512, MSE and the quantizer's losses (no
+perceptual loss), AdamW, clipping, an average of the weights, the same batch; in fp32 and under autocast to bf16.
 """
 
 import argparse
@@ -134,7 +134,7 @@ def main():
             print(f"{precision}, batch {args.batch_size}: ours {args.batch_size / ours['seconds']:.2f} images/s and "
                   f"{ours['peak_mb']:.0f} MB, theirs {args.batch_size / theirs['seconds']:.2f} and "
                   f"{theirs['peak_mb']:.0f} MB: {theirs['seconds'] / ours['seconds']:.2f} x the images, "
-                  f"{ours['peak_mb'] / theirs['peak_mb']:.2f} of the memory")
+                  f"{ours['peak_mb'] / theirs['peak_mb']:.2f} of the memory", flush=True)
 
 
 if __name__ == "__main__":
