@@ -1080,7 +1080,7 @@ def supervision_rows(args):
         "both": {},
     }.items():
         yield {"supervision": name}, args.seed, [("1", {
-            "steps": args.steps or 300, "batch_size": args.batch_size or 64, "encoder_learning_rate": rate,
+            "steps": args.steps or 200, "batch_size": args.batch_size or 64, "encoder_learning_rate": rate,
             "contrastive": args.contrastive or "sigmoid", **UNITOK, **changes})]
 
 
