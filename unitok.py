@@ -185,9 +185,9 @@ class HeadwiseAttention(nn.Module):
 
     def forward(self, x):
         B, N, _ = x.shape
-        q, k, v = self.qkv(x).chunk(3, dim=-1)  # (B, N, wide) each; a bias of k would change no softmax
-        q, k, v = ((part.view(B, N, -1, self.head_width).transpose(1, 2)) for part in (q + self.q_bias, k,
-                                                                                      v + self.v_bias))
+        q, k, v = self.qkv(x).chunk(3, dim=-1)  # (B, N, wide) each
+        parts = q + self.q_bias, k, v + self.v_bias  # a bias of k would change no softmax
+        q, k, v = (part.view(B, N, -1, self.head_width).transpose(1, 2) for part in parts)  # (B, heads, N, narrow)
         x = vqrae.attend(q, k, v)  # (B, heads, N, narrow)
         x = x.mean(1) if self.narrows else x.transpose(1, 2).flatten(2)  # (B, N, out)
         return self.out(x)
@@ -372,9 +372,9 @@ class UniTok(vqrae.VQRAE):
         attention = self.config.projection == "attention"
         if projection_init == "pixels" and (attention or self.config.quantizer in QUANTIZERS):
             x = self.quantizer(self.project_features(features))[0]  # (n, e)
-            x = F.pad(self.project_out.norm3(x) if attention else x, (0, 1), value=1.0).double()  # (n, e + 1)
-            squares, products = x.T @ x, x.T @ self.standardise(features).double()
-            back = (torch.linalg.pinv(squares.cpu(), hermitian=True, rtol=1e-9) @ products.cpu()).T  # (d, e + 1)
+            x = F.pad(self.project_out.norm3(x) if attention else x, (0, 1), value=1.0).cpu().double()  # (n, e + 1)
+            squares, products = x.T @ x, x.T @ self.standardise(features).cpu().double()
+            back = (torch.linalg.pinv(squares, hermitian=True, rtol=1e-9) @ products).T  # (d, e + 1)
             self.project_out.weight.copy_(back[:, :-1])
             self.project_out.bias.copy_(back[:, -1])
 
