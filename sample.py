@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 import unitok
 import vqrae
-from train import choose_device, number, one_sentence_errors
+from train import choose_device, number, one_sentence_errors, refuse_dashes
 from vqrae import InputError
 
 
@@ -565,6 +565,7 @@ def parse_args(argv=None):
             sub.add_argument("--codebook", type=number(int, zero=True), default=0, help="of which codebook, if a model "
                              "has several")
             sub.add_argument("--patches", type=number(int, most=1000), default=16, help="how many patches of each")
+    refuse_dashes(parser, argv)
     return parser.parse_args(argv)
 
 

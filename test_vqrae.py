@@ -2974,6 +2974,14 @@ def test_every_command_in_the_readme_is_understood(script, arguments):
     {"train": train, "sample": sample}[script].parse_args([word for word in words if word is not None])
 
 
+@pytest.mark.parametrize("script, arguments", [(train, ["--stage", "1", "--steps=--"]),
+                                               (sample, ["codes", "--data=--"])])
+def test_two_dashes_are_no_value(script, arguments, capsys):
+    with pytest.raises(SystemExit):
+        script.main(arguments)
+    assert "=--: expected a value" in capsys.readouterr().err
+
+
 def test_the_readme_has_commands():
     assert len(list(readme_commands())) > 25
 

@@ -54,6 +54,13 @@ def number(kind, zero=False, most=math.inf):
     return parse  # argparse says: invalid positive int value: '0'
 
 
+def refuse_dashes(parser, argv):
+    """End with a sentence for --flag=-- , which argparse would hand on as an empty list in place of a value."""
+    for word in sys.argv[1:] if argv is None else argv:
+        if word.startswith("--") and word.endswith("=--"):
+            parser.error(f"argument {word}: expected a value")
+
+
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add, whole, count = parser.add_argument, number(int, zero=True), number(int)
@@ -87,6 +94,7 @@ def parse_args(argv=None):
     add("--compile", action="store_true", help="torch.compile: slower to start, faster steps")
     add("--benchmark", action="store_true", help="time steady steps, print one JSON line, train nothing")
     add("--print-config", action="store_true", help="print all settings as JSON and stop")
+    refuse_dashes(parser, argv)
     args = parser.parse_args(argv)
     name = f"stage{args.stage}" if args.stage in ("1", "2") else args.stage or f"ablate-{args.ablate}"
     args.out = args.out or Path("out") / name
