@@ -437,6 +437,9 @@ def export_onnx(args, model):
     side, p = args.image_size, model.config.encoder.patch_size
     images = torch.rand(3, 3, side, side, generator=torch.Generator().manual_seed(0))
     _, indices = model.encode(images)  # (3, N); InputError when patches do not fit
+    if indices.dim() == 3:
+        raise InputError(f"--format onnx is for models of VQRAE's quantizers; the one in {args.model} is "
+                         f"{model.config.quantizer}")
     expected = {"encode": (images, indices), "decode": (indices, model.decode(indices))}
     resized, encoder = copy.deepcopy(model), model.encoder
     with torch.no_grad():  # ONNX cannot resize positions as torch does, so they come in the size of the images

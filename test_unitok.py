@@ -510,6 +510,13 @@ def test_without_a_flag_of_unitok_a_run_is_a_vqraes(short_run):
     assert type(make_run(short_run).model) is vqrae.VQRAE
 
 
+def test_without_captions_no_image_is_asked_for_its_record(short_run, monkeypatch):
+    run = make_run(short_run + ["--quantizer", "mcq", "--codebooks", "4"])
+    monkeypatch.delattr(type(run.train_images), "records")  # as of streamed images, which have none
+    run.train_images.__dict__.pop("records", None)
+    take_steps(run, 1)
+
+
 def test_a_frozen_encoder_stays_as_it_is_beside_captions_too(short_run):
     run = make_run([*short_run, "--contrastive", "sigmoid"])
     before = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
@@ -571,6 +578,8 @@ def test_sample_evaluates_shows_and_exports_many_codebooks(trained, photo_folder
     assert (tmp_path / "out/codes.png").exists()
     with pytest.raises(SystemExit, match="--codebook 4: .* has codebooks 0 to 3"):
         sample.main(["codes", *common, "--codebook", "4"])
+    with pytest.raises(SystemExit, match="--format onnx is for models of VQRAE's quantizers; .* is mcq"):
+        sample.main(["export", *common, "--format", "onnx"])
     sample.main(["export", *common, "--format", "tokens"])
     index = json.loads((tmp_path / "out/index.json").read_text())
     assert index["codebooks"] == 4 and index["tokens_per_image"] == 16

@@ -6,7 +6,8 @@
     python train.py --stage 2 --init out/stage1    # unfreeze the encoder, under self-distillation
     python train.py --stage ar --tokenizer out/stage2    # a transformer that writes images, code by code, from text
     python train.py --stage caption                # one that reads the encoder's features and writes captions
-    python train.py --ablate codebook              # Table 5 in small; --ablate strategy: Table 6
+    python train.py --ablate codebook              # Table 5 in small; strategy: Table 6; quantizer: UniTok's 7 and 8;
+                                                   # supervision: UniTok's 6; collapse: a picture of dying codebooks
     torchrun --nproc-per-node 8 train.py --stage 1 ...   # many GPUs: the batch is shared out, the result is the same
 
 Leaves in --out: config.json + model.safetensors (averaged weights, what sample.py reads), metrics.jsonl, summary.json,
@@ -575,7 +576,8 @@ class UniTokRun(TokenizerRun):
     def step(self, batch):
         """One update on uint8 images and their places in the training set."""
         images, places = batch
-        self.captions = [unitok.words_of(self.train_images.records[place]) for place in places]
+        if self.config.contrastive != "none":  # streamed images have no records to ask for
+            self.captions = [unitok.words_of(self.train_images.records[place]) for place in places]
         torch.manual_seed(self.generator().initial_seed())  # of the noise on latents: the same after an interruption
         super().step(images)
 
@@ -1011,6 +1013,13 @@ def benchmark(run, warmup=3, steps=20):
     }))
 
 
+def refuse_chosen(args, *names):
+    """InputError for a setting given that the ablation would have to ignore, since its rows differ in it."""
+    for name in names:
+        if getattr(args, name) is not None:
+            raise InputError(f"--ablate {args.ablate} chooses --{name.replace('_', '-')} itself")
+
+
 def codebook_rows(args):
     """Table 5: dimension and size of the codebook, from both starts; three seeds for dimensions started from data.
 
@@ -1018,8 +1027,7 @@ def codebook_rows(args):
     """
     base, steps = settings_for(args, "1"), args.steps or 200
     d, K = vqrae.load_encoder(base.encoder).config.width, base.codebook_size
-    if args.codebook_dim or args.codebook_init:
-        raise InputError("--ablate codebook chooses --codebook-dim and --codebook-init itself")
+    refuse_chosen(args, "codebook_dim", "codebook_init")
     shapes = [(16, K), (d // 4, K), (d // 2, K), (d, K), (2 * d, K), (d, 512), (d, 2048), (d, 16384)]
     shapes = list(dict.fromkeys(shapes))  # with another K or d two of them may be one
     for init in ("data", "gaussian"):
@@ -1058,9 +1066,7 @@ UNITOK = {"quantizer": "mcq", "codebooks": 8, "codebook_dim": 64}
 def quantizer_rows(args):
     """UniTok's Tables 7 and 8, and the choices of VQRAE beside them: one number of codes in all, one width of z."""
     chosen = ("quantizer", "codebooks", "projection", "latent_noise", "codebook_init", "codebook_dim", "contrastive")
-    given = [name for name in chosen if getattr(args, name) is not None]
-    if given:
-        raise InputError(f"--ablate quantizer chooses --{given[0].replace('_', '-')} itself")
+    refuse_chosen(args, *chosen)
     for name, changes, claims in [
         ("vq", {"quantizer": "vq", "codebooks": 1}, False),
         ("simvq, Gaussian start", {"quantizer": "simvq", "codebooks": 1, "codebook_init": "gaussian"}, False),
@@ -1081,6 +1087,8 @@ def quantizer_rows(args):
 
 def supervision_rows(args):
     """UniTok's Table 6: what the encoder, free to move, learns from pixels, from captions, and from both."""
+    refuse_chosen(args, "quantizer", "codebooks", "codebook_dim", "contrastive_weight", "reconstruction_weight",
+                  "encoder_learning_rate")
     rate = vqrae.PRESETS[args.preset]["2"].encoder_learning_rate
     for name, changes in {
         "reconstruction": {"contrastive_weight": 0.0},
@@ -1170,6 +1178,7 @@ def collapse(args):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    refuse_chosen(args, "quantizer", "codebook_init")
     steps = args.steps or 200
     shown = [0, steps // 20, steps // 4, steps]
     figure, axes = plt.subplots(len(COLLAPSE), len(shown) + 1, figsize=(3 * len(shown) + 4, 2.6 * len(COLLAPSE)))

@@ -597,8 +597,8 @@ class UniTokTraining(vqrae.TrainingConfig):
                              "the same of SimVQ codebooks; rq: residual", choices=[*vqrae.QUANTIZERS, *QUANTIZERS])
     codebooks: int = setting("of mcq, mcq-simvq and rq; --codebook-size counts the codes of all")
     projection: str = setting("d -> e and e -> d: linear, or UniTok's attention", choices=["linear", "attention"])
-    latent_noise: float = setting("RAE's noise on the latents of --quantizer none, in standard deviations (RAE: 0.8)",
-                                  zero=True)
+    latent_noise: float = setting("RAE's noise on the latents of --quantizer none in stage 1, in standard deviations "
+                                  "(RAE: 0.8)", zero=True)
     contrastive: str = setting("captions as a second supervision, in SigLIP's form or CLIP's",
                                choices=["none", "sigmoid", "softmax"])
     contrastive_weight: float = setting("of that loss; 0: the text tower reads along and changes nothing", zero=True)

@@ -827,6 +827,7 @@ class VQRAE(nn.Module):
             self.start_codes(self.project_features(features[kept]), generator)
 
     def start_codes(self, z, generator):
+        """Let the codes start from projected training tokens z (n, e)."""
         start_codebook(self.quantizer, z, generator=generator)
 
     def start_projections(self, features, patches, generator):
@@ -1610,9 +1611,9 @@ def understanding(model, teacher, train_images, test_images, batch_size=64, devi
 
     continuous: the model's Z_I; discrete: the features that its codes stand for, if it has codes; both, and the frozen
     teacher's, as the mean over an image's tokens. For those of the `keys` that the records of the two ImageSets have:
-    NAME_transfer is the accuracy of a probe fitted to the teacher's training features and applied
-    unchanged (the paper's "without retraining"), NAME_probe that of one fitted to these features, NAME_neighbours that
-    of 10 nearest neighbours. cosine is the mean similarity of a token to the teacher's. Empty when there are fewer than
+    NAME_transfer is the accuracy of a probe fitted to the teacher's training features and applied unchanged (the
+    paper's "without retraining"), NAME_probe that of one fitted to these features, NAME_neighbours that of 10 nearest
+    neighbours. cosine is the mean similarity of a token to the teacher's. Empty when there are fewer than
     two labels.
     """
     names = {}
