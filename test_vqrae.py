@@ -590,7 +590,7 @@ def test_distances_start_as_half_features_and_half_the_pixels_that_features_tell
     model = small_model(seed, codebook_dim=e)
     features = torch.randn(400, 24) @ torch.randn(24, 24) + torch.randn(24)
     patches = features @ torch.randn(24, 48) + 0.1 * torch.randn(400, 48)
-    model.start(features, patches, codebook_init="gaussian")
+    model.start(features, patches, codebook_init="gaussian", projection_init="features")
     f = model.standardise(features).numpy().astype(np.float64)
     told = f @ np.linalg.lstsq(f, patches.numpy() - patches.numpy().mean(0), rcond=None)[0]
     told *= np.sqrt((f**2).sum() / (told**2).sum())
@@ -600,6 +600,26 @@ def test_distances_start_as_half_features_and_half_the_pixels_that_features_tell
         restored = model.project_out(z)
     np.testing.assert_allclose((z[0] - z).pow(2).sum(1), expected, rtol=0.02)
     np.testing.assert_allclose(restored, f, atol=1e-2)  # the way out undoes the way in
+
+
+@given(st.integers(4, 60), seeds)
+@settings(max_examples=5)
+def test_the_weightiest_third_of_the_directions_starts_in_full_and_the_rest_at_a_tenth(e, seed):
+    model, whole = small_model(seed, codebook_dim=e), small_model(seed, codebook_dim=e)
+    features = torch.randn(400, 24) @ torch.randn(24, 24) + torch.randn(24)
+    patches = features @ torch.randn(24, 48) + 0.1 * torch.randn(400, 48)
+    model.start(features, patches, codebook_init="gaussian")
+    whole.start(features, patches, codebook_init="gaussian", projection_init="features")
+    rank, major = min(e, 24), min(e, 8)
+    scale = torch.linalg.svdvals(whole.project_in.weight.detach().double())[:rank]
+    scale[major:] *= 0.1
+    found = torch.linalg.svdvals(model.project_in.weight.detach().double())[:rank]
+    torch.testing.assert_close(found, scale.sort(descending=True).values, rtol=1e-3, atol=1e-5)
+    # The way out undoes the way in along that third, and leaves the rest to be learned.
+    with torch.no_grad():
+        around = model.project_out.weight.double() @ model.project_in.weight.double()  # (d, d)
+    torch.testing.assert_close(around @ around, around, rtol=0, atol=1e-3)
+    assert around.trace().item() == pytest.approx(major, abs=1e-3)
 
 
 @pytest.mark.parametrize("damage, sentence", [
@@ -1571,9 +1591,51 @@ def test_every_part_has_its_own_learning_rate_and_all_fall_by_one_factor(second_
     take_steps(run, 2)
     names = {parameter: name for name, parameter in run.model.named_parameters()}
     factor = run.schedule(1)
-    for group in run.optimizer.param_groups:
+    for group in run.optimizers["optimizer"].param_groups:
         encoder = {names[parameter].startswith("encoder.") for parameter in group["params"]}
         assert len(encoder) == 1 and group["lr"] == pytest.approx(factor * (1e-5 if encoder.pop() else 1e-4))
+
+
+@given(st.integers(1, 3), st.integers(2, 12), st.integers(2, 12), seeds)
+def test_muon_steps_along_the_singular_vectors_with_all_singular_values_near_1(count, rows, columns, seed):
+    x = np.random.RandomState(seed % 2**32).randn(count, rows, columns)
+    u, s, vt = np.linalg.svd(x, full_matrices=False)
+    assume((s[:, -1] > 0.02 * s[:, 0]).all())  # what is far smaller grows too, but not to 1 in five rounds
+    y = train.Muon([torch.zeros(2, 2)], torch.float32, 0.95).orthogonalise(torch.tensor(x).float()).double().numpy()
+    turned = u.transpose(0, 2, 1) @ y @ vt.transpose(0, 2, 1)  # (count, rank, rank)
+    values = turned.diagonal(axis1=1, axis2=2)
+    assert (values > 0.5).all() and (values < 1.3).all()
+    np.testing.assert_allclose(turned, values[..., None] * np.eye(values.shape[1]), atol=1e-3)
+
+
+@given(st.lists(st.tuples(st.integers(2, 12), st.integers(2, 12)), min_size=1, max_size=4), seeds)
+@settings(max_examples=10)
+def test_muon_in_bf16_is_torchs_muon(shapes, seed):
+    generator = torch.Generator().manual_seed(seed)
+    ours = [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
+    theirs = [p.detach().clone().requires_grad_() for p in ours]
+    torchs = torch.optim.Muon(theirs, lr=0.01, weight_decay=0.1, momentum=0.9, adjust_lr_fn="match_rms_adamw")
+    muon = train.Muon([{"params": ours, "lr": 0.01, "weight_decay": 0.1}], torch.bfloat16, momentum=0.9)
+    for _ in range(3):
+        for p, q in zip(ours, theirs):
+            p.grad = torch.randn(p.shape, generator=generator)
+            q.grad = p.grad.clone()
+        torchs.step()
+        muon.step()
+    for p, q, shape in zip(ours, theirs, shapes):
+        # Far less than the steps taken, each of which moves an entry by 0.01 * 0.2 and more.
+        torch.testing.assert_close(p, q, rtol=1e-3, atol=5e-4)
+
+
+def test_muon_moves_the_matrices_of_new_blocks_and_adamw_all_else_that_trains(second_stage):
+    run = make_run(second_stage)
+    names = {parameter: name for name, parameter in run.model.named_parameters()}
+    moved = {kind: [names[p] for group in optimizer.param_groups for p in group["params"]]
+             for kind, optimizer in run.optimizers.items()}
+    assert sorted(moved["optimizer"] + moved["muon"]) == sorted(names[p] for p in run.trained)
+    assert set(moved["muon"]) == {name for name, p in run.model.decoder.named_parameters(prefix="decoder")
+                                  if name.startswith("decoder.blocks") and p.dim() == 2}
+    assert set(make_run(second_stage + ["--muon-learning-rate", "0"]).optimizers) == {"optimizer"}
 
 
 def test_the_discriminator_is_untouched_before_its_start_and_trains_after_it(second_stage):

@@ -147,6 +147,46 @@ def multiplies_bf16(device):
     return False
 
 
+class Muon(torch.optim.Optimizer):
+    """Muon (Jordan 2024): before momentum moves a matrix, all its singular values are brought to about 1.
+
+    So every direction of a matrix learns at one pace, where the gradient would favour a few, and a short training gets
+    further. torch.optim.Muon always multiplies in bf16, which takes seconds a step where processors cannot; this one
+    does it in `dtype`, and with all matrices of one shape at a time.
+    """
+
+    def __init__(self, groups, dtype, momentum=0.95):
+        super().__init__(groups, {})
+        self.dtype, self.momentum = dtype, momentum
+
+    def orthogonalise(self, x, steps=5):
+        """Matrices x (n, rows, columns) with their singular values near 1, by Newton and Schulz' iteration."""
+        flip = x.shape[1] > x.shape[2]
+        x = (x.mT if flip else x).to(self.dtype)
+        x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+        for _ in range(steps):  # a quintic polynomial of each singular value; its coefficients are Jordan's
+            square = x @ x.mT
+            polynomial = torch.baddbmm(square, square, square, beta=-4.7750, alpha=2.0315)
+            x = torch.baddbmm(x, polynomial, x, beta=3.4445)
+        return (x.mT if flip else x).float()
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            shapes = {}
+            for p in group["params"]:
+                if p.grad is not None:
+                    shapes.setdefault(p.shape, []).append(p)
+            for shape, parameters in shapes.items():
+                gradients = [p.grad for p in parameters]
+                momenta = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in parameters]
+                torch._foreach_lerp_(momenta, gradients, 1 - self.momentum)
+                ahead = torch.stack(torch._foreach_lerp(gradients, momenta, self.momentum))  # (n, rows, columns)
+                size = group["lr"] * 0.2 * math.sqrt(max(shape))  # an entry moves about as far as by AdamW
+                torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_add_(parameters, list(self.orthogonalise(ahead)), alpha=-size)
+
+
 class Run:
     """What every training run has: model, average, optimizer, counters, checkpoints. A stage adds data and loss.
 
@@ -204,25 +244,37 @@ class Run:
         """Take a model on the device, and `forward`, the part of it that a step calls."""
         self.model, self.plain_forward = model, forward
         self.forward = torch.compile(forward) if self.args.compile else forward
-        self.optimizer = self.adamw(model, self.config.learning_rate)
+        self.optimizers = self.make_optimizers(model, self.config.learning_rate)
         self.trained = [p for p in model.parameters() if p.requires_grad]
         self.average = copy.deepcopy(model).eval()  # the exponential moving average: evaluated and exported
-        self.parts = {"model": model, "average": self.average, "optimizer": self.optimizer}
+        self.parts = {"model": model, "average": self.average, **self.optimizers}
 
-    def adamw(self, module, learning_rate):
-        """AdamW for what a module trains: a VQRAE's encoder at its own rate, no decay for vectors and embeddings."""
-        groups, config = {}, self.config
+    def make_optimizers(self, module, learning_rate):
+        """AdamW for what a module trains: a VQRAE's encoder at its own rate, no decay for vectors and embeddings.
+
+        With --muon-learning-rate the matrices in blocks that did not come pretrained are Muon's.
+        """
+        groups, config, blocks = {}, self.config, []
         for name, parameter in module.named_parameters():
             if parameter.requires_grad:
                 # TiTok's rule exempts embeddings, and W stands for one.
                 embeddings = ("quantizer.", "encoder.positions", "encoder.cls_token", "encoder.registers", "embedding.",
                               "lm.embedding.")
                 matrix = parameter.dim() >= 2 and not name.startswith(embeddings)
-                rate = config.encoder_learning_rate if name.startswith("encoder.") else learning_rate
+                pretrained = name.startswith("encoder.")
+                if parameter.dim() == 2 and ".blocks." in f".{name}" and not pretrained and config.muon_learning_rate:
+                    blocks.append(parameter)
+                    continue
+                rate = config.encoder_learning_rate if pretrained else learning_rate
                 groups.setdefault((rate, config.weight_decay if matrix else 0.0), []).append(parameter)
-        return torch.optim.AdamW([{"params": parameters, "lr": rate, "peak": rate, "weight_decay": decay}
-                                  for (rate, decay), parameters in groups.items()], betas=config.betas,
-                                 eps=config.adam_epsilon)
+        optimizers = {"optimizer": torch.optim.AdamW(
+            [{"params": parameters, "lr": rate, "peak": rate, "weight_decay": decay}
+             for (rate, decay), parameters in groups.items()], betas=config.betas, eps=config.adam_epsilon)}
+        if blocks:
+            rate = config.muon_learning_rate
+            optimizers["muon"] = Muon([{"params": blocks, "lr": rate, "peak": rate, "weight_decay":
+                                        config.weight_decay}], torch.bfloat16 if self.bf16 else torch.float32)
+        return optimizers
 
     def start(self):
         """What comes before step 0."""
@@ -251,12 +303,13 @@ class Run:
         """One update of weights and average; InputError, before anything changes, when a loss is not finite.
 
         losses(part) computes the loss of a slice of the batch, its other terms, and whatever gradients are not the
-        loss's. others: what else is trained, as the name of its gradient's norm, its parameters, their optimizer, and
-        the step at which that set in.
+        loss's. others: what else is trained, as the name of its gradient's norm, its parameters, their optimizers, and
+        the step at which those set in.
         """
-        trained, terms = [("grad_norm", self.trained, self.optimizer, 0), *others], {}
-        for _, _, optimizer, _ in trained:
-            optimizer.zero_grad()
+        trained, terms = [("grad_norm", self.trained, self.optimizers, 0), *others], {}
+        for _, _, optimizers, _ in trained:
+            for optimizer in optimizers.values():
+                optimizer.zero_grad()
         size = self.config.batch_size // self.ranks
         length = -(-size // self.config.accumulate)
         for begin in range(0, size, length):
@@ -274,10 +327,11 @@ class Run:
             bad = ", ".join(f"{name} {value.item():.4g}" for name, value in terms.items())
             raise InputError(f"the loss or its gradient is not finite at step {self.done} ({bad}); the last good "
                              f"checkpoint is kept, and a lower --learning-rate may help")
-        for _, _, optimizer, start in trained:
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * self.schedule(self.done, start)
-            optimizer.step()
+        for _, _, optimizers, start in trained:
+            for optimizer in optimizers.values():
+                for group in optimizer.param_groups:
+                    group["lr"] = group["peak"] * self.schedule(self.done, start)
+                optimizer.step()
         self.done += 1
         decay = min(self.config.ema_decay, (1 + self.done) / (10 + self.done))  # short at first, to forget the start
         with torch.no_grad():
@@ -296,7 +350,7 @@ class Run:
         means = [total.float() / count for total, count in self.window.values()]
         self.over_ranks(means)
         line = {"step": self.done, **{name: mean.item() for name, mean in zip(self.window, means)},
-                "lr": self.optimizer.param_groups[0]["lr"], "images_per_second": images_per_second}
+                "lr": self.optimizers["optimizer"].param_groups[0]["lr"], "images_per_second": images_per_second}
         self.window = {}
         return line
 
@@ -407,8 +461,9 @@ class TokenizerRun(Run):
             if config.discriminator_width % 32:
                 raise InputError(f"--discriminator-width {config.discriminator_width} is not a multiple of 32")
             self.discriminator = vqrae.Discriminator(config.discriminator_width).to(self.device)
-            self.discriminator_optimizer = self.adamw(self.discriminator, config.discriminator_learning_rate)
-            self.parts.update(discriminator=self.discriminator, discriminator_optimizer=self.discriminator_optimizer)
+            made = self.make_optimizers(self.discriminator, config.discriminator_learning_rate)
+            self.discriminator_optimizers = {f"discriminator_{name}": optimizer for name, optimizer in made.items()}
+            self.parts.update(discriminator=self.discriminator, **self.discriminator_optimizers)
 
     def new_model(self):
         """An untrained VQRAE around the pretrained encoder; InputError when the sizes do not fit together."""
@@ -501,7 +556,7 @@ class TokenizerRun(Run):
                     self.note({"code_counts": self.model.count(out.indices)})
             return loss, terms
 
-        others = [("discriminator_grad_norm", list(self.discriminator.parameters()), self.discriminator_optimizer,
+        others = [("discriminator_grad_norm", list(self.discriminator.parameters()), self.discriminator_optimizers,
                    config.discriminator_start)] if adversarial else []
         self.descend(losses, *others)
         if adversarial:
@@ -1100,6 +1155,10 @@ def supervision_rows(args):
             "contrastive": args.contrastive or "sigmoid", **UNITOK, **changes})]
 
 
+# Rows compare what the paper compares, under its optimizer, and with all that features tell: the tiny preset's start of
+# the projections would choose for every row how many dimensions count.
+ABLATED = {"muon_learning_rate": 0.0, "projection_init": "features"}
+
 ABLATIONS = {
     # rows, the columns of the table, and those that are drawn
     "codebook": (codebook_rows, ["train_utilization", "train_perplexity", "val_perplexity", "val_psnr", "val_ssim",
@@ -1114,6 +1173,11 @@ ABLATIONS = {
 }
 
 
+def ablated_settings(args, stage):
+    """The settings that the rows of an ablation change: as a stage has them, but for ABLATED, which flags change."""
+    return replace(settings_for(args, stage), **{k: v for k, v in ABLATED.items() if getattr(args, k) is None})
+
+
 def ablate(args):
     """Run the rows of an ablation one after the other, each in its own folder, and write table.md and plot.png.
 
@@ -1125,7 +1189,7 @@ def ablate(args):
         name = "-".join(str(value).replace(",", "").replace(" ", "_") for value in keys.values())
         folder = args.out / f"{name}-seed{seed}"
         print(f"row {place} of {len(rows)}: {', '.join(f'{key} {value}' for key, value in keys.items())}, seed {seed}")
-        configs = [(stage, replace(settings_for(args, stage), **changes)) for stage, changes in stages]
+        configs = [(stage, replace(ablated_settings(args, stage), **changes)) for stage, changes in stages]
         settings = json.loads(json.dumps([[stage, asdict(config)] for stage, config in configs]))
         if not (folder / "row.json").exists():
             result = run_row(args, folder, seed, configs)
@@ -1184,7 +1248,7 @@ def collapse(args):
     figure, axes = plt.subplots(len(COLLAPSE), len(shown) + 1, figsize=(3 * len(shown) + 4, 2.6 * len(COLLAPSE)))
     for row, (title, changes) in zip(axes, COLLAPSE.items()):
         run = make_run(argparse.Namespace(**{**vars(args), "stage": "1"}),
-                       replace(settings_for(args, "1"), steps=steps, **changes))
+                       replace(ablated_settings(args, "1"), steps=steps, **changes))
         run.start()
         images = run.val_images.spread(256).to(run.device)
         batches, used, panels = iter(run.batches()), [], iter(row)

@@ -370,7 +370,7 @@ class UniTok(vqrae.VQRAE):
         """As in VQRAE; where the inverse of the way in would not meet z, but a unit vector, least squares lead out."""
         super().start(features, patches, codebook_init, projection_init, generator)
         attention = self.config.projection == "attention"
-        if projection_init == "pixels" and (attention or self.config.quantizer in QUANTIZERS):
+        if projection_init != "random" and (attention or self.config.quantizer in QUANTIZERS):
             x = self.quantizer(self.project_features(features))[0]  # (n, e)
             x = F.pad(self.project_out.norm3(x) if attention else x, (0, 1), value=1.0).cpu().double()  # (n, e + 1)
             squares, products = x.T @ x, x.T @ self.standardise(features).cpu().double()

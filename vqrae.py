@@ -811,12 +811,14 @@ class VQRAE(nn.Module):
         """Before the first step: fit standardisation, projections and codebook to training tokens.
 
         features (n, d) and patches (n, 3*p*p), the pixels of the same tokens. The projections start by
-        `start_projections` or as torch's "random", the codebook by `start_codebook` or stays "gaussian".
+        `start_projections`, with all directions in full for "features", or as torch's "random"; the codebook by
+        `start_codebook` or stays "gaussian".
         """
         self.feature_mean.copy_(features.mean(0))
         self.feature_std.copy_(features.std(0) + 1e-6)
-        if projection_init == "pixels":
-            self.start_projections(self.standardise(features), patches, generator)
+        if projection_init != "random":
+            minor = 0.1 if projection_init == "pixels" else 1.0
+            self.start_projections(self.standardise(features), patches, generator, minor)
         if codebook_init == "data" and not isinstance(self.quantizer, NoQuantizer):
             # Plain patches are many, and a decoder paints them alike whatever the encoder has to say of them. Left with
             # all of them, k-means spends a fifth of the codes there, and those die first once the encoder trains.
@@ -830,12 +832,14 @@ class VQRAE(nn.Module):
         """Let the codes start from projected training tokens z (n, e)."""
         start_codebook(self.quantizer, z, generator=generator)
 
-    def start_projections(self, features, patches, generator):
+    def start_projections(self, features, patches, generator, minor=0.1):
         """`--projection-init pixels`: a distance between two z is half one of features, half one of what they tell.
 
         The nearest code is the one that loses least in this distance, and a distance among semantic features alone
         spends codes on what no pixel shows. What features tell of the pixels of their own patch is read off by least
-        squares. The way out starts as the inverse of the way in, so that the decoder meets features from step 0 on.
+        squares. Most directions tell next to nothing, but features vary along them more than along the others, and
+        would decide which code is the nearest: all but the weightiest third start at a tenth (`minor`) of their scale.
+        The way out starts as the inverse of the way in, so that the decoder meets features from step 0 on.
         """
         features, patches = features.cpu(), patches.cpu()  # the one device that has all the solvers
         d, e = features.shape[1], self.config.codebook_dim
@@ -845,9 +849,14 @@ class VQRAE(nn.Module):
         both = torch.cat([torch.eye(d), told.T]) / math.sqrt(2)  # (d + 3*p*p, d)
         _, scale, directions = torch.linalg.svd(both, full_matrices=False)  # (d,), (d, d)
         rank = min(d, e)  # with fewer dimensions than the encoder's, the weightiest directions stay
-        isometry = nn.init.orthogonal_(torch.empty(e, rank), generator=generator)
-        self.project_in.weight.copy_(isometry * scale[:rank] @ directions[:rank])  # (e, d)
-        self.project_out.weight.copy_(torch.linalg.pinv(self.project_in.weight))  # (d, e)
+        if minor == 1:
+            major, axes = rank, nn.init.orthogonal_(torch.empty(e, rank), generator=generator)
+        else:  # each direction on an axis of its own: AdamW scales axes one by one, and would stir a mixture up
+            major, axes = min(-(-d // 3), e), torch.eye(e, rank)
+        main = (axes * scale[:rank])[:, :major] @ directions[:major]  # (e, d)
+        rest = (axes * scale[:rank])[:, major:] @ directions[major:rank]  # (e, d)
+        self.project_in.weight.copy_(main + minor * rest)
+        self.project_out.weight.copy_(torch.linalg.pinv(main))  # (d, e)
         nn.init.zeros_(self.project_in.bias)
         nn.init.zeros_(self.project_out.bias)
 
@@ -2240,6 +2249,8 @@ class CommonConfig:
     batch_size: int = setting("images a step", most=2**20)
     accumulate: int = setting("parts that a step's images are taken in, one after the other, for want of memory")
     learning_rate: float = setting("at its highest, after the warm-up; of all that has no rate of its own")
+    muon_learning_rate: float = setting("of matrices in blocks that start untrained, which Muon moves; 0: AdamW does",
+                                        zero=True)
     end_factor: float = setting("what is left of each learning rate at the end of its cosine", zero=True, most=1)
     warmup_steps: int = setting("steps over which learning rates rise")
     weight_decay: float = setting("AdamW's, on matrices only", zero=True)
@@ -2263,7 +2274,9 @@ class TrainingConfig(CommonConfig):
     beta_side: str = setting("which term of Eq. 3 the 0.25 weighs", choices=["commitment", "codebook"])
     codebook_init: str = setting("data: k-means of features; gaussian: the SimVQ authors'",
                                  choices=["data", "gaussian"])
-    projection_init: str = setting("pixels: distances that count pixels; random: torch's", choices=["pixels", "random"])
+    projection_init: str = setting("pixels: distances that count what features tell of pixels; features: with all "
+                                   "else that they tell in full; random: torch's",
+                                   choices=["pixels", "features", "random"])
     perceptual: str = setting("vfm: the encoder's own features; lpips-convnext: the paper's networks, fetched on "
                               "first use", choices=["vfm", "lpips-convnext", "none"])
     perceptual_weight: float = setting("weight of the perceptual loss (paper: 1.1)", zero=True)
@@ -2331,10 +2344,11 @@ TINY = TrainingConfig(
     adversarial_weight=0.0,
     discriminator_start=0,
     discriminator_width=32,
-    steps=1500,
+    steps=1000,
     batch_size=16,
     accumulate=1,
     learning_rate=2e-3,
+    muon_learning_rate=8e-3,
     encoder_learning_rate=0.0,
     discriminator_learning_rate=0.0,
     end_factor=0.01,
@@ -2346,7 +2360,8 @@ TINY = TrainingConfig(
 
 # A Qwen3 of two CPU cores' size. `adam_epsilon` is Table 9's.
 TINY_LM = dict(qwen3=None, text_vocabulary=1024, width=256, depth=6, heads=4, kv_heads=2, head_width=64, mlp_width=768,
-               data=TINY.data, accumulate=1, max_grad_norm=1.0, warmup_steps=100, end_factor=0.01, adam_epsilon=1e-15)
+               data=TINY.data, accumulate=1, muon_learning_rate=0.0, max_grad_norm=1.0, warmup_steps=100,
+               end_factor=0.01, adam_epsilon=1e-15)
 
 # Table 7, with the decisions of the README where it is silent. The start of the codebook is such a decision.
 PAPER_1 = replace(
@@ -2361,6 +2376,7 @@ PAPER_1 = replace(
     steps=100_000,
     batch_size=1024,
     learning_rate=4e-4,
+    muon_learning_rate=0.0,
     end_factor=0.25,
     warmup_steps=2000,
 )
