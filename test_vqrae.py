@@ -85,7 +85,8 @@ def photo_folder(tmp_path_factory):
 def short_run(encoder_folder, photo_folder, tmp_path):
     """Arguments of a training run that takes a second."""
     return ["--stage", "1", "--encoder", str(encoder_folder), "--data", str(photo_folder), "--image-size", "16",
-            "--codebook-size", "32", "--codebook-dim", "8", "--batch-size", "4", "--steps", "6", "--log-every", "2",
+            "--codebook-size", "32", "--codebook-dim", "8", "--start-tokens", "256", "--batch-size", "4",
+            "--steps", "6", "--log-every", "2",
             "--evaluate-every", "4", "--checkpoint-every", "3", "--workers", "0", "--device", "cpu",
             "--out", str(tmp_path / "run")]
 
@@ -1718,10 +1719,12 @@ def torchrun(*arguments, ranks=2):
                           timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
-@pytest.mark.parametrize("stage", ["stage 1", "stage 2", "ar", "caption"])
-def test_two_ranks_log_what_one_process_logs(stage, request, tmp_path):
+@pytest.mark.parametrize("stage, shard", [("stage 1", False), ("stage 1", True), ("stage 2", False), ("stage 2", True),
+                                          ("ar", False), ("caption", False)])
+def test_two_ranks_log_what_one_process_logs(stage, shard, request, tmp_path):
     fixture = {"stage 1": "short_run", "stage 2": "second_stage", "ar": "ar_run", "caption": "caption_run"}[stage]
     arguments = request.getfixturevalue(fixture) + ["--precision", "fp32"]
+    arguments += ["--muon-learning-rate", "0"] if shard else []
     if stage == "caption":  # captions of different lengths, since the loss is a mean over tokens
         photos = Path(arguments[arguments.index("--data") + 1])
         for name, new in (("class0", "one"), ("class1", "quite another class of pictures")):
@@ -1731,7 +1734,7 @@ def test_two_ranks_log_what_one_process_logs(stage, request, tmp_path):
     torch.set_num_threads(1)  # as each rank has: with more, the start of the codebook is rounded otherwise
     train.main(arguments)
     torch.set_num_threads(threads)
-    result = torchrun("train.py", *arguments, "--out", tmp_path / "ranks")
+    result = torchrun("train.py", *arguments, "--out", tmp_path / "ranks", *["--shard"] * shard)
     assert result.returncode == 0, result.stderr
     one, two = ([json.loads(line) for line in (tmp_path / folder / "metrics.jsonl").read_text().splitlines()]
                 for folder in ("run", "ranks"))
@@ -1744,7 +1747,8 @@ def test_two_ranks_log_what_one_process_logs(stage, request, tmp_path):
                 assert b[name] == pytest.approx(a[name], rel=1e-4 if "perplexity" in name else 1e-5, abs=1e-5), name
 
 
-def test_what_two_ranks_have_begun_one_process_goes_on_with(ar_run, tmp_path):
+@pytest.mark.parametrize("shard", [False, True])
+def test_what_two_ranks_have_begun_one_process_goes_on_with(ar_run, tmp_path, shard):
     arguments = ar_run + ["--precision", "fp32"]
     train.main(arguments)
     whole = torch.load(tmp_path / "run/checkpoint/state.pt", weights_only=True)
@@ -1762,7 +1766,7 @@ def stop(run, batch):
 train.GenerationRun.step = stop
 train.main(sys.argv[1:])
 """)
-    result = torchrun(script, *arguments, "--out", tmp_path / "ranks")
+    result = torchrun(script, *arguments, "--out", tmp_path / "ranks", *["--shard"] * shard)
     assert result.returncode != 0 and "stopped after step 4 of 6" in result.stdout
     train.main(arguments + ["--out", str(tmp_path / "ranks"), "--resume"])
     resumed = torch.load(tmp_path / "ranks/checkpoint/state.pt", weights_only=True)
@@ -2806,7 +2810,6 @@ def wild(fuzzed_folder, monkeypatch):
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(sample, "lpips_distance", lambda device: None)
-    monkeypatch.setattr(train, "START_TOKENS", 256)
     monkeypatch.chdir(fuzzed_folder)
     return fuzzed_folder
 
@@ -2816,7 +2819,7 @@ def tame(flags):
     for flag, value in flags:
         number = int(value) if value.strip().removeprefix("-").isdecimal() and len(value) < 30 else 0
         most = {"--workers": 2, "--batch-size": 64, "--image-size": 64, "--output-patch-size": 64, "--count": 9,
-                "--depth": 4, "--codes": 64, "--patches": 64, "--steps": 3}.get(flag, 2**15)
+                "--depth": 4, "--codes": 64, "--patches": 64, "--steps": 3, "--start-tokens": 256}.get(flag, 2**15)
         assume(not most < number < 2**31)
         assume(flag not in ("--out", "--data", "--init", "--model", "--encoder") or not value.startswith(("/", "..")))
         assume(flag != "--data" or value not in ("", "."))  # pictures that earlier inputs have left
@@ -2833,7 +2836,8 @@ train_flags = st.lists(st.tuples(st.sampled_from(
 @fuzz(st.sampled_from(["1", "2", "ar", "caption"]), train_flags, st.booleans(), percent=15)
 def test_fuzzed_arguments_of_train_end_in_work_or_a_sentence(wild, stage, flags, only_print):
     shutil.rmtree("out", ignore_errors=True)
-    small = {"1": ["--encoder=encoder", "--image-size=16", "--codebook-size=32", "--codebook-dim=8"],
+    small = {"1": ["--encoder=encoder", "--image-size=16", "--codebook-size=32", "--codebook-dim=8",
+                   "--start-tokens=256"],
              "2": ["--init=vqrae"], "ar": ["--tokenizer=vqrae"],
              "caption": ["--encoder=encoder", "--image-size=16"]}[stage]
     if stage in ("ar", "caption"):
@@ -2996,6 +3000,7 @@ def test_fuzzed_models_are_loaded_or_refused_in_a_sentence(wild, qwen3_twin, dat
 @fuzz(st.data(), percent=2)
 def test_fuzzed_checkpoints_and_logs_are_resumed_from_or_refused_in_a_sentence(wild, data):
     arguments = ["--stage=1", "--encoder=encoder", "--image-size=16", "--codebook-size=32", "--codebook-dim=8",
+                 "--start-tokens=256",
                  "--data=images", "--batch-size=4", "--device=cpu", "--workers=0", "--steps=3", "--checkpoint-every=1",
                  "--log-every=1"]
     if not Path("whole").exists():

@@ -33,13 +33,14 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 
 import unitok
 import vqrae
 from vqrae import InputError
 
-START_TOKENS = 65536  # features that the codebook's start looks at, and four to a code if that is more
 
 
 def number(kind, zero=False, most=math.inf):
@@ -92,6 +93,8 @@ def parse_args(argv=None):
         help="processes that read images (default: 0 for shipped data)")
     add("--device", default="auto", help="auto, cuda, mps or cpu")
     add("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="auto: bf16 where the device has it")
+    add("--shard", action="store_true", help="with torchrun: share weights, gradients and AdamW's averages out over "
+        "the processes (FSDP2), for what one GPU cannot hold")
     add("--compile", action="store_true", help="torch.compile: slower to start, faster steps")
     add("--benchmark", action="store_true", help="time steady steps, print one JSON line, train nothing")
     add("--print-config", action="store_true", help="print all settings as JSON and stop")
@@ -203,6 +206,11 @@ class Run:
         self.rank, self.ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         if config.batch_size % self.ranks:
             raise InputError(f"--batch-size {config.batch_size} cannot be shared out evenly to {self.ranks} processes")
+        if args.shard and (self.ranks == 1 or args.compile or config.muon_learning_rate
+                           or isinstance(config, unitok.UniTokTraining)):
+            raise InputError("--shard is for torchrun with several processes, and goes with neither --compile, Muon "
+                             "(--muon-learning-rate 0 turns it off) nor the quantizers of unitok.py")
+        self.shared_out = False
         torch.manual_seed(args.seed)
         self.done, self.seconds, self.window, self.lines = 0, 0.0, {}, []
         self.damaged = False  # whether the last checkpoint is, so that it must not replace the one before it
@@ -248,6 +256,39 @@ class Run:
         self.trained = [p for p in model.parameters() if p.requires_grad]
         self.average = copy.deepcopy(model).eval()  # the exponential moving average: evaluated and exported
         self.parts = {"model": model, "average": self.average, **self.optimizers}
+
+    def share_out(self):
+        """--shard: from here on a rank holds only its part of every weight, gradient and average (FSDP2)."""
+        mesh = dist.device_mesh.init_device_mesh(self.device.type, (self.ranks,))
+        averaged = [p for p, q in zip(self.average.parameters(), self.model.parameters()) if q.requires_grad]
+        state = self.optimizers["optimizer"].state_dict()
+        for module in self.model.modules():
+            if isinstance(module, (vqrae.Block, vqrae.CausalBlock)):
+                fully_shard(module, mesh=mesh)  # gathered when its turn comes, and let go behind it
+        fully_shard(self.model, mesh=mesh)
+        if self.plain_forward is not self.model:
+            register_fsdp_forward_method(self.model, "loss")
+            self.plain_forward = self.model.loss
+        self.forward = self.plain_forward
+        self.trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizers = self.make_optimizers(self.model, self.config.learning_rate)
+        self.parts.update(self.optimizers)
+        in_order = [p for group in self.optimizers["optimizer"].param_groups for p in group["params"]]
+        for place, values in state["state"].items():
+            like = in_order[place]
+            state["state"][place] = {name: distribute_tensor(value, mesh, like.placements) if value.dim() else value
+                                     for name, value in values.items()}
+        self.optimizers["optimizer"].load_state_dict(state)
+        self.averaged = [distribute_tensor(p.detach(), mesh, q.placements) for p, q in zip(averaged, self.trained)]
+        self.shared_out = True
+
+    def gather(self):
+        """Bring the average together on every rank, to be evaluated and exported; all ranks must call this."""
+        if self.shared_out:
+            whole = [p for p, q in zip(self.average.parameters(), self.model.parameters()) if q.requires_grad]
+            with torch.no_grad():
+                for p, part in zip(whole, self.averaged):
+                    p.copy_(part.full_tensor())
 
     def make_optimizers(self, module, learning_rate):
         """AdamW for what a module trains: a VQRAE's encoder at its own rate, no decay for vectors and embeddings.
@@ -320,9 +361,9 @@ class Run:
                 terms[name] = terms.get(name, 0.0) + share * value.detach()
         for name, parameters, _, _ in trained:
             # Explicitly, not by DistributedDataParallel, which does it only for what passes its own forward, and here
-            # losses of features, of two networks and of parts of a batch all have gradients.
-            self.over_ranks([p.grad for p in parameters if p.grad is not None])
-            terms[name] = nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm)
+            # losses of features, of two networks and of parts of a batch all have gradients. FSDP2 has done it already.
+            self.over_ranks([p.grad for p in parameters if p.grad is not None and not isinstance(p, DTensor)])
+            terms[name] = whole(nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm))
         if not torch.isfinite(torch.stack(list(terms.values()))).all():
             bad = ", ".join(f"{name} {value.item():.4g}" for name, value in terms.items())
             raise InputError(f"the loss or its gradient is not finite at step {self.done} ({bad}); the last good "
@@ -335,7 +376,8 @@ class Run:
         self.done += 1
         decay = min(self.config.ema_decay, (1 + self.done) / (10 + self.done))  # short at first, to forget the start
         with torch.no_grad():
-            averaged = [p for p, q in zip(self.average.parameters(), self.model.parameters()) if q.requires_grad]
+            averaged = self.averaged if self.shared_out else [
+                p for p, q in zip(self.average.parameters(), self.model.parameters()) if q.requires_grad]
             torch._foreach_lerp_(averaged, self.trained, 1 - decay)
         self.note(terms)
 
@@ -375,10 +417,17 @@ class Run:
                                       "names of the training images (SHA-256)": self.names.hexdigest(), **config}))
 
     def save(self):
-        """Write the checkpoint, then put it in the place of the one before, which stays beside it."""
+        """Write the checkpoint, then put it in the place of the one before, which stays beside it.
+
+        The first rank writes; with --shard all ranks must call this, for what they hold is brought together.
+        """
+        self.gather()
+        parts = {name: whole(part.state_dict()) for name, part in self.parts.items()}
+        if self.rank > 0:
+            return
         state = {"settings": self.settings(), "done": self.done, "seconds": self.seconds, "window": self.window,
                  "lines": self.lines, "rng": torch.get_rng_state(),
-                 **{name: part.state_dict() for name, part in self.parts.items()}}
+                 **parts}
         if self.device.type == "cuda":
             state["cuda_rng"] = torch.cuda.get_rng_state()
         last, previous = self.checkpoints
@@ -444,7 +493,7 @@ class TokenizerRun(Run):
 
         # The teacher T is the encoder as it is now. As long as the encoder is frozen they are one.
         encoder_trains = config.encoder_learning_rate > 0
-        self.teacher = copy.deepcopy(model.encoder) if encoder_trains else model.encoder
+        self.teacher = copy.deepcopy(model.encoder) if encoder_trains or args.shard else model.encoder
         self.teacher.eval().requires_grad_(False).to(self.device)
         model.encoder.requires_grad_(encoder_trains)
         self.distils = encoder_trains and config.distillation_weight > 0
@@ -497,7 +546,7 @@ class TokenizerRun(Run):
         if self.args.stage == "2":
             return  # the model of stage 1 has done so
         keys = vqrae.TrainingOrder(len(self.train_images), self.args.seed, start=0)
-        wanted, features, patches = max(START_TOKENS, 4 * self.config.codebook_size), [], []
+        wanted, features, patches = max(self.config.start_tokens, 4 * self.config.codebook_size), [], []
         p = self.model.config.encoder.patch_size
         for batch in self.train_images.batches(keys, self.config.batch_size, self.workers):
             images = batch.to(self.device).float() / 255
@@ -843,6 +892,15 @@ def language_model(config, texts, codebook_size=0, image_tokens=0):
         head_width=config.head_width, mlp_width=config.mlp_width), text)
 
 
+def whole(tree):
+    """A tensor, or dicts and lists of them, with every DTensor brought together from the ranks that share it."""
+    if isinstance(tree, dict):
+        return {key: whole(value) for key, value in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return type(tree)(whole(value) for value in tree)
+    return tree.full_tensor() if isinstance(tree, DTensor) else tree
+
+
 def make_run(args, config):
     """The Run of the stage that the settings are for."""
     if isinstance(config, unitok.UniTokTraining):
@@ -924,6 +982,8 @@ def train(run):
             for path in run.checkpoints:
                 path.unlink(missing_ok=True)
         run.start()
+    if args.shard:
+        run.share_out()
     earlier, metrics = run.seconds, args.out / "metrics.jsonl"
     if first:
         write_log(metrics, run.lines)  # without what the part before wrote behind its last checkpoint
@@ -940,6 +1000,8 @@ def train(run):
             evaluating = run.done % args.evaluate_every == 0 and not last  # the last evaluation comes after the loop
             if run.done % args.log_every == 0 or evaluating or last:
                 line = run.log(timed_steps * config.batch_size / (time.time() - timer))
+                if evaluating:
+                    run.gather()
                 timed_steps = 0
                 if first:
                     if evaluating:
@@ -956,10 +1018,10 @@ def train(run):
                     if sentence:
                         bar.write(f"step {line['step']}: {sentence}")
                 timer = time.time()
-            if first and (run.done % args.checkpoint_every == 0 or last):
+            if run.done % args.checkpoint_every == 0 or last:
                 run.seconds, saved = earlier + time.time() - begin, run.done
                 run.save()
-        if first and saved < run.done:
+        if saved < run.done:
             run.seconds = earlier + time.time() - begin
             run.save()
     if not first:
@@ -1030,6 +1092,8 @@ def benchmark(run, warmup=3, steps=20):
     from torch.utils.flop_counter import FlopCounterMode
 
     run.start()
+    if run.args.shard:
+        run.share_out()
     batches = iter(run.batches())
     compiled, run.forward = run.forward, run.plain_forward
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # it cannot count the CPU's attention
@@ -1157,7 +1221,7 @@ def supervision_rows(args):
 
 # Rows compare what the paper compares, under its optimizer, and with all that features tell: the tiny preset's start of
 # the projections would choose for every row how many dimensions count.
-ABLATED = {"muon_learning_rate": 0.0, "projection_init": "features"}
+ABLATED = {"muon_learning_rate": 0.0, "start_tokens": 65536, "projection_init": "features"}
 
 ABLATIONS = {
     # rows, the columns of the table, and those that are drawn

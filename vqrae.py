@@ -2274,6 +2274,7 @@ class TrainingConfig(CommonConfig):
     beta_side: str = setting("which term of Eq. 3 the 0.25 weighs", choices=["commitment", "codebook"])
     codebook_init: str = setting("data: k-means of features; gaussian: the SimVQ authors'",
                                  choices=["data", "gaussian"])
+    start_tokens: int = setting("features that the starts of codebook and projections look at, four to a code or more")
     projection_init: str = setting("pixels: distances that count what features tell of pixels; features: with all "
                                    "else that they tell in full; random: torch's",
                                    choices=["pixels", "features", "random"])
@@ -2324,7 +2325,7 @@ class CaptionConfig(LanguageConfig):
 
 # What a model of stage 1 has fixed for stage 2.
 FIXED_BY_STAGE_1 = ("encoder", "image_size", "output_patch_size", "quantizer", "codebook_size", "codebook_dim",
-                    "beta_side", "codebook_init", "projection_init")
+                    "beta_side", "codebook_init", "start_tokens", "projection_init")
 
 TINY = TrainingConfig(
     data=str(ROOT / "data/emoji"),
@@ -2336,6 +2337,7 @@ TINY = TrainingConfig(
     codebook_dim=256,
     beta_side="commitment",
     codebook_init="data",
+    start_tokens=131072,
     projection_init="pixels",
     perceptual="vfm",
     perceptual_weight=1.1,
@@ -2344,7 +2346,7 @@ TINY = TrainingConfig(
     adversarial_weight=0.0,
     discriminator_start=0,
     discriminator_width=32,
-    steps=1000,
+    steps=1200,
     batch_size=16,
     accumulate=1,
     learning_rate=2e-3,
@@ -2371,6 +2373,7 @@ PAPER_1 = replace(
     image_size=256,
     codebook_size=16384,
     codebook_dim=1536,
+    start_tokens=65536,
     perceptual="lpips-convnext",
     discriminator_width=128,
     steps=100_000,

@@ -69,7 +69,7 @@ def make_inputs(folder):
               "--evaluate-every", "10", "--checkpoint-every", "3", "--workers", "0", "--device", "cpu", "--resume"]
     return {
         "1": ["--stage", "1", "--encoder", encoder, "--image-size", "32", "--codebook-size", "256", "--codebook-dim",
-              "96", *common],
+              "96", "--start-tokens", "2048", *common],
         "2": ["--stage", "2", "--init", folder / "whole-1", "--adversarial-weight", "0.02", "--discriminator-start",
               "10", "--discriminator-learning-rate", "1e-3", *common],
         "ar": ["--stage", "ar", "--tokenizer", folder / "whole-2", "--width", "128", "--depth", "3", "--heads", "2",
