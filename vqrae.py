@@ -2365,7 +2365,7 @@ TINY_LM = dict(qwen3=None, text_vocabulary=1024, width=256, depth=6, heads=4, kv
                data=TINY.data, accumulate=1, muon_learning_rate=0.0, max_grad_norm=1.0, warmup_steps=100,
                end_factor=0.01, adam_epsilon=1e-15)
 
-# Table 7, with the decisions of the README where it is silent. The start of the codebook is such a decision.
+# Table 7, with the decisions of the README where it is silent. The starts of codebook and projections are such.
 PAPER_1 = replace(
     TINY,
     data=str(ROOT / "data/photos"),
@@ -2374,6 +2374,7 @@ PAPER_1 = replace(
     codebook_size=16384,
     codebook_dim=1536,
     start_tokens=65536,
+    projection_init="features",
     perceptual="lpips-convnext",
     discriminator_width=128,
     steps=100_000,
@@ -2403,11 +2404,12 @@ PRESETS = {
     "tiny": {
         "1": TINY,
         # Rates were chosen by measurement, see the README; at the paper's 0.1 the adversarial term overruns the others.
-        "2": replace(TINY, distillation_weight=1.0, adversarial_weight=0.02, discriminator_start=1400, steps=2000,
-                     learning_rate=1e-3, encoder_learning_rate=1e-3, discriminator_learning_rate=4e-4),
+        "2": replace(TINY, distillation_weight=1.0, adversarial_weight=0.02, discriminator_start=1000, steps=1500,
+                     learning_rate=1e-3, muon_learning_rate=5e-3, encoder_learning_rate=1e-3,
+                     discriminator_learning_rate=4e-4),
         "ar": GenerationConfig(
-            **TINY_LM, tokenizer="out/stage2", caption_dropout=0.1, style_dropout=0.2, code_noise=0.3, steps=4800,
-            batch_size=32, learning_rate=4e-3, weight_decay=0.0, ema_decay=0.998),
+            **{**TINY_LM, "muon_learning_rate": 8e-3}, tokenizer="out/stage2", caption_dropout=0.1, style_dropout=0.2,
+            code_noise=0.3, steps=2800, batch_size=32, learning_rate=4e-3, weight_decay=0.0, ema_decay=0.998),
         "caption": CaptionConfig(
             **TINY_LM, encoder=TINY.encoder, image_size=TINY.image_size, steps=1500, batch_size=32,
             learning_rate=1e-3, weight_decay=0.0, ema_decay=0.998),
