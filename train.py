@@ -232,11 +232,7 @@ class Run:
         """Replace every tensor by its "mean", "sum" or "max" over all ranks; alone there is nothing to do."""
         if self.ranks > 1 and tensors:
             flat = torch.cat([tensor.detach().flatten() for tensor in tensors])
-            try:
-                dist.all_reduce(flat, dist.ReduceOp.MAX if operation == "max" else dist.ReduceOp.SUM)
-            except RuntimeError as error:  # torch has no type of its own for this
-                raise InputError(f"rank {self.rank} of {self.ranks} has lost another rank at step {self.done} "
-                                 f"({str(error).splitlines()[0]}); --resume goes on from the last checkpoint") from None
+            dist.all_reduce(flat, dist.ReduceOp.MAX if operation == "max" else dist.ReduceOp.SUM)
             flat = flat / self.ranks if operation == "mean" else flat
             with torch.no_grad():
                 for tensor, piece in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
@@ -1430,6 +1426,12 @@ def process_group(device):
         torch.cuda.set_device(choose_device(device))
     try:
         yield
+    except RuntimeError as error:  # torch has no type of its own for a lost connection
+        reason = (str(error) or "no reason given").splitlines()[0]
+        if not re.search("gloo|nccl|connection", reason, re.IGNORECASE):
+            raise
+        raise InputError(f"rank {dist.get_rank()} of {dist.get_world_size()} has lost another rank ({reason}); "
+                         "--resume goes on from the last checkpoint") from None
     finally:
         dist.destroy_process_group()
 
