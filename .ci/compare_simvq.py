@@ -61,7 +61,7 @@ def main():
     parser.add_argument("--dim", type=int, default=1536)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--processes", type=int, default=3, help="of each, alternating")
-    parser.add_argument("--which", help=argparse.SUPPRESS)
+    parser.add_argument("--which", choices=["ours", "theirs"], help="measure this one in this process, print JSON")
     args = parser.parse_args()
     if args.which:
         print(json.dumps(measure(args.which, args.tokens, args.codes, args.dim, args.repeats)))
@@ -69,7 +69,8 @@ def main():
     results = {"ours": [], "vector-quantize-pytorch": []}
     for _ in range(args.processes):
         for which in results:
-            answer = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--which", which], check=True,
+            kind = "ours" if which == "ours" else "theirs"
+            answer = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--which", kind], check=True,
                                     capture_output=True, text=True).stdout
             results[which].append(json.loads(answer.splitlines()[-1]))
     ours, theirs = ({key: statistics.median(run[key] for run in runs) for key in runs[0]} for runs in results.values())
