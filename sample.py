@@ -59,13 +59,21 @@ def read_files(args, device):
 def reconstruct(args, device):
     """Write NAME.png for every image file: the original, then what the model makes of it, and any model --beside it.
 
-    Without files, reconstructions.png shows images from all over a split of --data.
+    Without files, reconstructions.png shows images from all over a split of --data, and with --generator also what is
+    written from their captions.
     """
+    if args.generator and args.images:
+        raise InputError("--generator needs captions, which image files do not have; leave the files out")
     models = [load_tokenizer(args, device)] + [unitok.load_tokenizer(folder).to(device) for folder in args.beside]
     args.out.mkdir(parents=True, exist_ok=True)
     if not args.images:
-        images = vqrae.ImageSet(args.data, args.split, args.image_size).spread(24).to(device)
+        source = vqrae.ImageSet(args.data, args.split, args.image_size)
+        images = source.spread(24).to(device)
         versions = [images] + [model(images).reconstruction for model in models]
+        if args.generator:
+            lm, tokenizer = load_generator(args.generator, device)
+            captions = [vqrae.caption_of(source.records[place]) for place in source.spread_places(24)]
+            versions.append(tokenizer.decode(lm.generate(captions, **vqrae.SAMPLING, seed=0)))
         vqrae.save_side_by_side(versions, args.out / "reconstructions.png")
         print(f"{args.out}/reconstructions.png")
         return
@@ -157,7 +165,7 @@ def evaluate_generator(args, device):
     (no picture of its codes can do better: the ceiling), and the same pictures held against shuffled captions (what
     they would reach by chance: the floor). The Frechet distance is to the held-out images, in the same features.
     """
-    lm, model = load_generator(args, device)
+    lm, model = load_generator(args.model, device)
     size = model.config.image_size
     encoder, name = vqrae.load_encoder(args.frechet_encoder).to(device), Path(args.frechet_encoder).name
     sets = {split: vqrae.ImageSet(args.data, split, size) for split in ("train", "val")}
@@ -240,12 +248,12 @@ def caption(args, device):
         print(f"{path}: {captioner.caption(image)[0]}")
 
 
-def load_generator(args, device):
-    """The VisualLM in --model, and beside it the VQRAE whose codes it writes."""
-    lm = unitok.load_language_model(args.model).to(device)
-    model = unitok.load_tokenizer(args.model / "vqrae").to(device)
+def load_generator(folder, device):
+    """The VisualLM in a folder, and beside it the VQRAE whose codes it writes."""
+    lm = unitok.load_language_model(folder).to(device)
+    model = unitok.load_tokenizer(folder / "vqrae").to(device)
     if lm.config.codebook_size != model.config.codebook_size:
-        raise InputError(f"{args.model} writes {lm.config.codebook_size} codes and the tokenizer in {args.model}/vqrae "
+        raise InputError(f"{folder} writes {lm.config.codebook_size} codes and the tokenizer in {folder}/vqrae "
                          f"has {model.config.codebook_size}; they were not trained together")
     return lm, model
 
@@ -268,7 +276,7 @@ def write(args, lm, model, captions):
 
 def generate(args, device):
     """Write pictures of every caption, or of none at all: a file each, and grid.png with a row for every caption."""
-    lm, model = load_generator(args, device)
+    lm, model = load_generator(args.model, device)
     captions = args.captions or [""]
     count = args.count or (4 if args.captions else 16)
     pictures = write(args, lm, model, [caption for caption in captions for _ in range(count)])  # (n, 3, H, W)
@@ -527,6 +535,8 @@ def parse_args(argv=None):
         if command is reconstruct:
             sub.add_argument("--beside", type=Path, action="append", default=[], metavar="MODEL",
                              help="another model to show beside; may be given more than once")
+            sub.add_argument("--generator", type=Path, metavar="MODEL",
+                             help="show last what this model of --stage ar writes from the images' captions")
         if command in (evaluate, caption):
             sub.add_argument("--encoder", nargs="+" if command is evaluate else 1, default=[], metavar="MODEL",
                              help="of a captioner: an encoder, or a VQRAE with one, to read in place of its own, "

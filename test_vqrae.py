@@ -2598,6 +2598,18 @@ def test_generate_writes_a_grid_and_single_pictures_that_a_seed_repeats(written_
     assert Image.open(tmp_path / "a/cat-face-0.png").size == (16, 16)
 
 
+def test_reconstruct_shows_last_what_a_generator_writes_from_the_captions(written_models, photo_folder, tmp_path):
+    sample.main(["reconstruct", "--model", written_models["vqrae"], "--generator", written_models["ar"], "--data",
+                 str(photo_folder), "--split", "all", "--out", str(tmp_path), "--device", "cpu"])
+    found = np.asarray(Image.open(tmp_path / "reconstructions.png"))
+    lm = vqrae.VisualLM.from_pretrained(written_models["ar"])
+    records = vqrae.ImageSet(photo_folder, "all", 16).records
+    written = lm.generate([vqrae.caption_of(record) for record in records], **vqrae.SAMPLING, seed=0)
+    image = vqrae.eight_bits(vqrae.VQRAE.from_pretrained(written_models["vqrae"]).decode(written[:1]))[0]
+    side, x = 128, 12 + 2 * (128 + 4)  # behind the first original and its reconstruction
+    assert np.array_equal(found[12:12 + side:8, x:x + side:8], image.permute(1, 2, 0).numpy())
+
+
 def test_without_a_caption_generate_draws_whatever_comes(written_models, tmp_path):
     sample.main(["generate", "--model", written_models["ar"], "--out", str(tmp_path / "out"), "--device", "cpu"])
     assert len(list((tmp_path / "out").glob("unconditional-*.png"))) == 16
@@ -2642,6 +2654,7 @@ def test_swapping_in_the_same_encoder_changes_nothing(written_models, photo_fold
 
 @pytest.mark.parametrize("arguments, sentence", [
     (["generate", "x", "--model", "{vqrae}"], "does not describe a VisualLM"),
+    (["reconstruct", "x.png", "--model", "{vqrae}", "--generator", "{ar}"], "--generator needs captions"),
     (["caption", "x.png", "--model", "{ar}"], "does not describe a Captioner"),
     (["evaluate", "--model", "{ar}", "--split", "train"], "--split is not for a generator"),
     (["evaluate", "--model", "{caption}", "--top-k", "5"], "--top-k is not for a captioner"),

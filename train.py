@@ -42,7 +42,6 @@ import vqrae
 from vqrae import InputError
 
 
-
 def number(kind, zero=False, most=math.inf):
     """An argparse type: an int below 2^63 or a finite float, above 0, or 0 where `zero` allows it, up to `most`."""
     def parse(text):

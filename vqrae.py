@@ -2073,11 +2073,14 @@ class ImageSet(torch.utils.data.Dataset):
         images, indices, names = zip(*items)
         return torch.stack(images), list(indices), [name for some in names for name in some]
 
+    def spread_places(self, count):
+        """Up to `count` places from all over the set."""
+        count = min(count, len(self))
+        return [i * len(self) // count for i in range(count)]
+
     def spread(self, count):
         """Up to `count` images from all over the set, as floats (count, 3, size, size) in [0, 1]."""
-        count = min(count, len(self))
-        keys = [i * len(self) // count for i in range(count)]
-        return torch.cat(list(self.batches(keys, count))).float() / 255
+        return torch.cat(list(self.batches(self.spread_places(count), count))).float() / 255
 
     def names(self):
         """The names of all images below `folder`, as bytes: the same wherever the folder is."""
