@@ -2607,7 +2607,7 @@ def test_reconstruct_shows_last_what_a_generator_writes_from_the_captions(writte
     written = lm.generate([vqrae.caption_of(record) for record in records], **vqrae.SAMPLING, seed=0)
     image = vqrae.eight_bits(vqrae.VQRAE.from_pretrained(written_models["vqrae"]).decode(written[:1]))[0]
     side, x = 128, 12 + 2 * (128 + 4)  # behind the first original and its reconstruction
-    assert np.array_equal(found[12:12 + side:8, x:x + side:8], image.permute(1, 2, 0).numpy())
+    assert np.array_equal(found[12:12 + side:8, x:x + side:8], (255 * image).round().byte().permute(1, 2, 0).numpy())
 
 
 def test_without_a_caption_generate_draws_whatever_comes(written_models, tmp_path):
