@@ -209,7 +209,6 @@ class Run:
                            or isinstance(config, unitok.UniTokTraining)):
             raise InputError("--shard is for torchrun with several processes, and goes with neither --compile, Muon "
                              "(--muon-learning-rate 0 turns it off) nor the quantizers of unitok.py")
-        self.shared_out = False
         torch.manual_seed(args.seed)
         self.done, self.seconds, self.window, self.lines = 0, 0.0, {}, []
         self.damaged = False  # whether the last checkpoint is, so that it must not replace the one before it
@@ -250,12 +249,13 @@ class Run:
         self.optimizers = self.make_optimizers(model, self.config.learning_rate)
         self.trained = [p for p in model.parameters() if p.requires_grad]
         self.average = copy.deepcopy(model).eval()  # the exponential moving average: evaluated and exported
+        self.averaged = [p for p, q in zip(self.average.parameters(), model.parameters()) if q.requires_grad]
+        self.moving = self.averaged  # with --shard it moves in parts
         self.parts = {"model": model, "average": self.average, **self.optimizers}
 
     def share_out(self):
         """--shard: from here on a rank holds only its part of every weight, gradient and average (FSDP2)."""
         mesh = dist.device_mesh.init_device_mesh(self.device.type, (self.ranks,))
-        averaged = [p for p, q in zip(self.average.parameters(), self.model.parameters()) if q.requires_grad]
         state = self.optimizers["optimizer"].state_dict()
         for module in self.model.modules():
             if isinstance(module, (vqrae.Block, vqrae.CausalBlock)):
@@ -274,16 +274,13 @@ class Run:
             state["state"][place] = {name: distribute_tensor(value, mesh, like.placements) if value.dim() else value
                                      for name, value in values.items()}
         self.optimizers["optimizer"].load_state_dict(state)
-        self.averaged = [distribute_tensor(p.detach(), mesh, q.placements) for p, q in zip(averaged, self.trained)]
-        self.shared_out = True
+        self.moving = [distribute_tensor(p.detach(), mesh, q.placements) for p, q in zip(self.averaged, self.trained)]
 
     def gather(self):
         """Bring the average together on every rank, to be evaluated and exported; all ranks must call this."""
-        if self.shared_out:
-            whole = [p for p, q in zip(self.average.parameters(), self.model.parameters()) if q.requires_grad]
+        if self.moving is not self.averaged:
             with torch.no_grad():
-                for p, part in zip(whole, self.averaged):
-                    p.copy_(part.full_tensor())
+                torch._foreach_copy_(self.averaged, gathered(self.moving))
 
     def make_optimizers(self, module, learning_rate):
         """AdamW for what a module trains: a VQRAE's encoder at its own rate, no decay for vectors and embeddings.
@@ -358,7 +355,7 @@ class Run:
             # Explicitly, not by DistributedDataParallel, which does it only for what passes its own forward, and here
             # losses of features, of two networks and of parts of a batch all have gradients. FSDP2 has done it already.
             self.over_ranks([p.grad for p in parameters if p.grad is not None and not isinstance(p, DTensor)])
-            terms[name] = whole(nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm))
+            terms[name] = gathered(nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm))
         if not torch.isfinite(torch.stack(list(terms.values()))).all():
             bad = ", ".join(f"{name} {value.item():.4g}" for name, value in terms.items())
             raise InputError(f"the loss or its gradient is not finite at step {self.done} ({bad}); the last good "
@@ -371,9 +368,7 @@ class Run:
         self.done += 1
         decay = min(self.config.ema_decay, (1 + self.done) / (10 + self.done))  # short at first, to forget the start
         with torch.no_grad():
-            averaged = self.averaged if self.shared_out else [
-                p for p, q in zip(self.average.parameters(), self.model.parameters()) if q.requires_grad]
-            torch._foreach_lerp_(averaged, self.trained, 1 - decay)
+            torch._foreach_lerp_(self.moving, self.trained, 1 - decay)
         self.note(terms)
 
     def note(self, terms):
@@ -417,7 +412,7 @@ class Run:
         The first rank writes; with --shard all ranks must call this, for what they hold is brought together.
         """
         self.gather()
-        parts = {name: whole(part.state_dict()) for name, part in self.parts.items()}
+        parts = {name: gathered(part.state_dict()) for name, part in self.parts.items()}
         if self.rank > 0:
             return
         state = {"settings": self.settings(), "done": self.done, "seconds": self.seconds, "window": self.window,
@@ -887,12 +882,12 @@ def language_model(config, texts, codebook_size=0, image_tokens=0):
         head_width=config.head_width, mlp_width=config.mlp_width), text)
 
 
-def whole(tree):
+def gathered(tree):
     """A tensor, or dicts and lists of them, with every DTensor brought together from the ranks that share it."""
     if isinstance(tree, dict):
-        return {key: whole(value) for key, value in tree.items()}
+        return {key: gathered(value) for key, value in tree.items()}
     if isinstance(tree, (list, tuple)):
-        return type(tree)(whole(value) for value in tree)
+        return type(tree)(gathered(value) for value in tree)
     return tree.full_tensor() if isinstance(tree, DTensor) else tree
 
 
