@@ -176,8 +176,8 @@ def evaluate_generator(args, device):
     result, measures = {}, []
     for split, title in (("train", "training captions"), ("val", "held-out captions")):
         images = sets[split]
-        count = min(args.count or len(sets["val"]), len(images))
-        chosen = [i * len(images) // count for i in range(count)]
+        chosen = images.spread_places(args.count or len(sets["val"]))
+        count = len(chosen)
         records = [images.records[i] for i in chosen]
         batches = images.batches(chosen, args.batch_size)
         pictures = {"generated": write(args, lm, model, [vqrae.caption_of(record) for record in records]),
