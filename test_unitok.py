@@ -307,7 +307,7 @@ def test_from_data_the_way_out_starts_where_the_codes_come_closest_to_the_featur
     generator = torch.Generator().manual_seed(0)
     mix = torch.randn(24, 24, generator=generator)
     features, patches = torch.randn(3000, 24, generator=generator) @ mix, torch.rand(3000, 48, generator=generator)
-    model.start(features, patches, generator=generator)
+    model.start(features, patches, projection_init="features", generator=generator)
     with torch.no_grad():
         wanted = model.standardise(features)
 
