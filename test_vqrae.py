@@ -2175,13 +2175,20 @@ def test_a_damaged_text_tokenizer_is_one_sentence(tmp_path, damage, sentence):
         vqrae.VisualLM.from_pretrained(tmp_path)
 
 
-def test_qwen3_brings_its_text_tokenizer_and_writes_codes_behind_it(qwen3_twin, tmp_path):
+@pytest.fixture
+def qwen3_with_text(qwen3_twin, tmp_path):
+    """A folder of a random Qwen3 with a tokenizer of two words, and that tokenizer."""
     shutil.copytree(qwen3_twin[1], tmp_path / "qwen3")
     words = {"red": 0, "apple": 1, vqrae.START_OF_IMAGE: 48, vqrae.END_OF_TEXT: 49}
     text = Tokenizer(tokenizers.models.WordLevel(words, unk_token="red"))
     text.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     text.save(str(tmp_path / "qwen3/tokenizer.json"))
-    model = vqrae.load_qwen3(tmp_path / "qwen3", codebook_size=7, image_tokens=4)
+    return tmp_path / "qwen3", text
+
+
+def test_qwen3_brings_its_text_tokenizer_and_writes_codes_behind_it(qwen3_with_text):
+    folder, text = qwen3_with_text
+    model = vqrae.load_qwen3(folder, codebook_size=7, image_tokens=4)
     assert model.prompt("red apple") == [0, 1, 48] and model.generate(["red apple"]).max() < 7
     assert model.text.to_str() == text.to_str() and model.config.image_tokens == 4
     assert model.embedding.weight.shape == (57, 32)
@@ -2209,6 +2216,11 @@ def test_stage_ar_leaves_a_model_that_writes_images_and_all_its_files(ar_run, tm
     codes = vqrae.VisualLM.from_pretrained(out).generate(text=["class0", "class1", ""], cfg_scale=3.0)
     assert codes.shape == (3, 16) and codes.max() < 32
     assert vqrae.VQRAE.from_pretrained(out / "vqrae").decode(codes).shape == (3, 3, 16, 16)
+
+
+def test_muon_is_for_transformers_that_start_untrained(ar_run, qwen3_with_text):
+    assert set(make_run(ar_run).optimizers) == {"optimizer", "muon"}
+    assert set(make_run(ar_run + ["--qwen3", str(qwen3_with_text[0])]).optimizers) == {"optimizer"}
 
 
 def test_stage_ar_resumes_bit_identical(ar_run, tmp_path):

@@ -8,7 +8,8 @@
     python train.py --stage caption                # one that reads the encoder's features and writes captions
     python train.py --ablate codebook              # Table 5 in small; strategy: Table 6; quantizer: UniTok's 7 and 8;
                                                    # supervision: UniTok's 6; collapse: a picture of dying codebooks
-    torchrun --nproc-per-node 8 train.py --stage 1 ...   # many GPUs: the batch is shared out, the result is the same
+    torchrun --nproc-per-node 8 train.py --stage 1 ...   # many GPUs: the batch is shared out, the result is the same;
+                                                   # with --shard the weights are shared out too (FSDP2)
 
 Leaves in --out: config.json + model.safetensors (averaged weights, what sample.py reads), metrics.jsonl, summary.json,
 curves.png, reconstructions.png or samples.png, and checkpoint/ (what --resume needs).
@@ -294,11 +295,12 @@ class Run:
                 embeddings = ("quantizer.", "encoder.positions", "encoder.cls_token", "encoder.registers", "embedding.",
                               "lm.embedding.")
                 matrix = parameter.dim() >= 2 and not name.startswith(embeddings)
-                pretrained = name.startswith("encoder.")
+                in_encoder = name.startswith("encoder.")
+                pretrained = in_encoder or getattr(config, "qwen3", None)
                 if parameter.dim() == 2 and ".blocks." in f".{name}" and not pretrained and config.muon_learning_rate:
                     blocks.append(parameter)
                     continue
-                rate = config.encoder_learning_rate if pretrained else learning_rate
+                rate = config.encoder_learning_rate if in_encoder else learning_rate
                 groups.setdefault((rate, config.weight_decay if matrix else 0.0), []).append(parameter)
         optimizers = {"optimizer": torch.optim.AdamW(
             [{"params": parameters, "lr": rate, "peak": rate, "weight_decay": decay}
