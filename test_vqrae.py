@@ -1771,11 +1771,17 @@ train.main(sys.argv[1:])
 """)
     result = torchrun(script, *arguments, "--out", tmp_path / "ranks", *["--shard"] * shard)
     assert result.returncode != 0 and "stopped after step 4 of 6" in result.stdout
+    if shard:  # and so do two again
+        shutil.copytree(tmp_path / "ranks", tmp_path / "again")
+        result = torchrun("train.py", *arguments, "--out", tmp_path / "again", "--resume", "--shard")
+        assert result.returncode == 0, result.stderr
     train.main(arguments + ["--out", str(tmp_path / "ranks"), "--resume"])
-    resumed = torch.load(tmp_path / "ranks/checkpoint/state.pt", weights_only=True)
-    assert resumed["done"] == whole["done"] == 6
-    for name, tensor in whole["model"].items():
-        torch.testing.assert_close(resumed["model"][name], tensor, rtol=1e-4, atol=1e-5)
+    for folder in ["ranks", "again"] if shard else ["ranks"]:
+        resumed = torch.load(tmp_path / folder / "checkpoint/state.pt", weights_only=True)
+        assert resumed["done"] == whole["done"] == 6
+        for part in ("model", "average"):
+            for name, tensor in whole[part].items():
+                torch.testing.assert_close(resumed[part][name], tensor, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("shard", [False, True])
