@@ -458,8 +458,8 @@ def export_onnx(args, model):
     for name, (given, answer) in expected.items():
         path = args.out / f"{name}.onnx"
         torch.onnx.export(graphs[name].eval(), (given[:2],), path, dynamo=True, verbose=False, dynamic_shapes=(
-            {0: torch.export.Dim("batch")},), input_names=["images" if name == "encode" else "codes"],
-            output_names=["codes" if name == "encode" else "images"])
+            {0: torch.export.Dim("batch")},), input_names=["images" if name == "encode" else "indices"],
+            output_names=["indices" if name == "encode" else "images"])
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
         for some in (slice(0, 1), slice(0, 3)):  # other batches than it was written with
             found = torch.from_numpy(session.run(None, {session.get_inputs()[0].name: given[some].numpy()})[0])

@@ -2703,8 +2703,10 @@ def test_the_exported_encoder_and_tokenizer_are_those_of_the_model(saved_model, 
     assert torch.equal(vqrae.VQRAE.from_pretrained(tmp_path / "out/tokenizer").encode(images)[1], indices)
 
 
-def test_exported_onnx_graphs_say_what_torch_says_of_batches_of_any_size(saved_model, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("K", [40, 4097])  # few codes, and more than the search sees at a time
+def test_exported_onnx_graphs_say_what_torch_says_of_batches_of_any_size(K, saved_model, tmp_path, capsys, monkeypatch):
     onnxruntime = pytest.importorskip("onnxruntime", reason="pip install onnx onnxscript onnxruntime")
+    small_model(codebook_size=K).save_pretrained(saved_model)
     arguments = ["export", "--format", "onnx", "--model", str(saved_model), "--out", str(tmp_path / "out"), "--device",
                  "cpu", "--image-size", "24"]
     sample.main(arguments)
@@ -2712,8 +2714,8 @@ def test_exported_onnx_graphs_say_what_torch_says_of_batches_of_any_size(saved_m
     model, images = vqrae.VQRAE.from_pretrained(saved_model), torch.rand(5, 3, 24, 24)
     encode, decode = (onnxruntime.InferenceSession(tmp_path / f"out/{name}.onnx") for name in ("encode", "decode"))
     _, indices = model.encode(images)
-    assert np.array_equal(encode.run(["codes"], {"images": images.numpy()})[0], indices)
-    np.testing.assert_allclose(decode.run(["images"], {"codes": indices.numpy()})[0], model.decode(indices), atol=1e-4)
+    assert np.array_equal(encode.run(["indices"], {"images": images.numpy()})[0], indices)
+    np.testing.assert_allclose(decode.run(["images"], {"indices": indices.numpy()})[0], model.decode(indices), atol=1e-4)
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     with pytest.raises(SystemExit, match="needs packages: pip install onnx onnxscript onnxruntime"):
         sample.main(arguments)
