@@ -2715,7 +2715,8 @@ def test_exported_onnx_graphs_say_what_torch_says_of_batches_of_any_size(K, save
     encode, decode = (onnxruntime.InferenceSession(tmp_path / f"out/{name}.onnx") for name in ("encode", "decode"))
     _, indices = model.encode(images)
     assert np.array_equal(encode.run(["indices"], {"images": images.numpy()})[0], indices)
-    np.testing.assert_allclose(decode.run(["images"], {"indices": indices.numpy()})[0], model.decode(indices), atol=1e-4)
+    decoded = decode.run(["images"], {"indices": indices.numpy()})[0]
+    np.testing.assert_allclose(decoded, model.decode(indices), atol=1e-4)
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     with pytest.raises(SystemExit, match="needs packages: pip install onnx onnxscript onnxruntime"):
         sample.main(arguments)
