@@ -1623,7 +1623,7 @@ def test_muon_in_bf16_is_torchs_muon(shapes, seed):
             q.grad = p.grad.clone()
         torchs.step()
         muon.step()
-    for p, q, shape in zip(ours, theirs, shapes):
+    for p, q in zip(ours, theirs):
         # Far less than the steps taken, each of which moves an entry by 0.01 * 0.2 and more.
         torch.testing.assert_close(p, q, rtol=1e-3, atol=5e-4)
 
@@ -1743,16 +1743,16 @@ def test_two_ranks_log_what_one_process_logs(stage, shard, request, tmp_path):
         assert a.keys() == b.keys()
         for name in a:
             # LeCam's penalty is of the mean verdict of a batch, so halves of it are not punished quite like the whole.
-            # The discriminator's verdicts feel that a little.
+            # The discriminator's verdicts feel that a little, the more when FSDP2 sums in another order.
             if name != "images_per_second" and "discriminator" not in name:
                 verdict = name in ("adversarial", "hinge", "real_logit", "fake_logit")
-                rel = 1e-4 if "perplexity" in name or verdict else 1e-5
+                rel = 1e-4 if "perplexity" in name or shard and verdict else 1e-5
                 assert b[name] == pytest.approx(a[name], rel=rel, abs=1e-5), name
 
 
 @pytest.mark.parametrize("shard", [False, True])
 def test_what_two_ranks_have_begun_one_process_goes_on_with(ar_run, tmp_path, shard):
-    arguments = ar_run + ["--precision", "fp32", "--muon-learning-rate", "0"]
+    arguments = ar_run + ["--precision", "fp32", *["--muon-learning-rate", "0"] * shard]
     train.main(arguments)
     whole = torch.load(tmp_path / "run/checkpoint/state.pt", weights_only=True)
     # Two ranks stop at step 4, on a signal that only one of them has been given.

@@ -66,11 +66,10 @@ def main():
     if args.which:
         print(json.dumps(measure(args.which, args.tokens, args.codes, args.dim, args.repeats)))
         return
-    results = {"ours": [], "vector-quantize-pytorch": []}
+    results = {"ours": [], "theirs": []}
     for _ in range(args.processes):
         for which in results:
-            kind = "ours" if which == "ours" else "theirs"
-            answer = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--which", kind], check=True,
+            answer = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--which", which], check=True,
                                     capture_output=True, text=True).stdout
             results[which].append(json.loads(answer.splitlines()[-1]))
     ours, theirs = ({key: statistics.median(run[key] for run in runs) for key in runs[0]} for runs in results.values())
