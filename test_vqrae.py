@@ -2019,6 +2019,19 @@ def test_the_cache_and_the_padding_change_nothing(seed, cfg_scale, top_k, length
         assert found.tolist() == codes
 
 
+@given(words=st.lists(st.sampled_from("noto red apple with a leaf".split()), max_size=6), seed=seeds)
+def test_a_caption_that_forgets_words_keeps_one_and_the_order_of_the_others(words, seed):
+    kept = vqrae.forget_words(" ".join(words), torch.Generator().manual_seed(seed)).split()
+    rest = iter(words)
+    assert all(word in rest for word in kept) and bool(kept) == bool(words)
+
+
+def test_every_word_is_forgotten_about_half_of_the_time():
+    generator = torch.Generator().manual_seed(0)
+    kept = [vqrae.forget_words("green apple with leaf", generator).split() for _ in range(400)]
+    assert all(170 < sum(word in words for words in kept) < 260 for word in ("green", "apple", "with", "leaf"))
+
+
 def test_only_codes_are_generated_and_a_seed_repeats_them():
     model = small_lm()
     draws = [model.extend([[1, 2], [3]], 12, generator=torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)]
@@ -2067,6 +2080,29 @@ def test_the_loss_is_the_cross_entropy_of_visual_tokens_alone(seed, text, codes)
         log_p = model(tokens).double().log_softmax(-1)
         expected = -np.mean([log_p[b, i - 1, tokens[b, i]].item() for b in range(2) for i in range(text, text + codes)])
         assert model.loss(tokens).item() == pytest.approx(expected, abs=1e-4)
+
+
+@given(rows=st.integers(1, 40), inputs=st.integers(1, 70), outputs=st.integers(1, 300), seed=seeds)
+def test_the_quick_product_of_few_rows_is_the_product(rows, inputs, outputs, seed):
+    torch.manual_seed(seed)
+    x, weight = torch.randn(2, rows, inputs), torch.randn(outputs, inputs)
+    exact = (x.double() @ weight.double().T).float()
+    torch.testing.assert_close(vqrae.few_rows(weight)(x), exact, atol=1e-4, rtol=1e-4)
+
+
+def test_quick_products_follow_weights_that_change_and_leave_nothing_behind():
+    model = small_lm()
+    names = set(model.state_dict())
+    first = model.extend([[1, 2]], 5, temperature=0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn_like(parameter))
+    tokens = [1, 2]
+    for code in model.extend([[1, 2]], 5, temperature=0)[0].tolist():  # all logits anew, by torch's product
+        assert model(torch.tensor([tokens]))[0, -1, model.config.text_vocabulary:].argmax() == code
+        tokens.append(model.config.text_vocabulary + code)
+    assert set(model.state_dict()) == names and first.shape == (1, 5)
+    assert all(module.quick is None for module in model.modules() if isinstance(module, vqrae.Product))
 
 
 def test_the_memory_of_the_cache_is_allocated_once(monkeypatch):

@@ -504,7 +504,7 @@ class DepthLM(vqrae.VisualLM):
         self.embedding = SummedEmbedding(config)
         self.depth = vqrae.CausalBlock(config)
         self.depth_norm = vqrae.RMSNorm(config.width, config.norm_eps)
-        self.head = nn.Linear(config.width, config.codebook_size // config.codebooks, bias=False)  # one for all M
+        self.head = vqrae.Product(config.width, config.codebook_size // config.codebooks)  # one for all M
         for module in (self.embedding, *self.depth.modules(), self.head):
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=0.02)
@@ -557,7 +557,7 @@ class DepthLM(vqrae.VisualLM):
             tokens = torch.cat([tokens, codes.to(tokens.device) + self.config.text_vocabulary], dim=1)
         return tokens, first
 
-    def draw(self, x, pick):
+    def draw(self, x, head, pick):
         """The codes (B, M) of the place behind x (B or 2B, d), one after the other."""
         sequence, codes = x[:, None], []  # (B or 2B, 1, d)
         step = self.config.codebook_size // self.config.codebooks  # S
