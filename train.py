@@ -1321,13 +1321,10 @@ def collapse(args):
                         corner = ((z - centre) @ axis).abs().quantile(0.995, dim=0).cpu()  # (2,)
                     if step in shown:
                         codes = run.model.quantizer.lookup(torch.arange(run.config.codebook_size, device=z.device))
-                        panel, mask = next(panels), torch.zeros(len(codes), dtype=torch.bool)
-                        mask[chosen.cpu()] = True
-                        flat_z, flat = (((x - centre) @ axis).cpu() for x in (z, codes))
-                        for points, colour, label in ((flat_z, "lightgrey", "features"),
-                                                      (flat[mask], "tab:blue", "codes in use"),
-                                                      (flat[~mask], "tab:red", "codes nobody chooses")):
-                            panel.scatter(*points.T, s=3, c=colour, linewidths=0, label=label)
+                        panel, in_use = next(panels), set(chosen.tolist())
+                        colours = ["tab:blue" if code in in_use else "tab:red" for code in range(len(codes))]
+                        for x, colour in ((z, "lightgrey"), (codes, colours)):  # codes in one go: neither kind on top
+                            panel.scatter(*((x - centre) @ axis).cpu().T, s=3, c=colour, linewidths=0)
                         panel.set(xlim=(-1.6 * corner[0], 1.6 * corner[0]), ylim=(-1.6 * corner[1], 1.6 * corner[1]),
                                   xticks=[], yticks=[], title=f"step {step}: {len(chosen):,} codes in use")
             if step < steps:
@@ -1336,6 +1333,8 @@ def collapse(args):
         row[-1].plot(*zip(*used))
         row[-1].set(title=f"of {len(codes):,} codes in use", xlabel="step", ylim=(0, len(codes)))
         print(f"{title}: {', '.join(f'{count} codes in use at step {step}' for step, count in used if step in shown)}")
+    for label, colour in (("features", "lightgrey"), ("codes in use", "tab:blue"), ("codes nobody chooses", "tab:red")):
+        axes[0, 0].scatter([], [], s=3, c=colour, label=label)
     axes[0, 0].legend(fontsize=7, markerscale=4, loc="lower left")
     args.out.mkdir(parents=True, exist_ok=True)
     figure.tight_layout()

@@ -1334,7 +1334,7 @@ class VisualLM(nn.Module):
 
     @contextmanager
     def quick_products(self):
-        """Inside, all products are those of `few_rows`; what it gives is the head's: (B, d) -> logits of codes (B, K)."""
+        """Inside, products are those of `few_rows`; it gives that of the head: (B, d) -> logits of codes (B, K)."""
         products = [module for module in self.modules() if isinstance(module, Product)]
         for product in products:
             product.quick = few_rows(product.weight)
@@ -2457,7 +2457,8 @@ PRESETS = {
                      discriminator_learning_rate=4e-4),
         "ar": GenerationConfig(
             **{**TINY_LM, "muon_learning_rate": 8e-3}, tokenizer="out/stage2", caption_dropout=0.1, style_dropout=0.2,
-            word_dropout=0.3, code_noise=0.3, steps=2800, batch_size=32, learning_rate=4e-3, weight_decay=0.0, ema_decay=0.998),
+            word_dropout=0.3, code_noise=0.3, steps=2800, batch_size=32, learning_rate=4e-3, weight_decay=0.0,
+            ema_decay=0.998),
         "caption": CaptionConfig(
             **TINY_LM, encoder=TINY.encoder, image_size=TINY.image_size, steps=1500, batch_size=32,
             learning_rate=1e-3, weight_decay=0.0, ema_decay=0.998),
@@ -2472,7 +2473,7 @@ PRESETS = {
     "qwen3-0.6b": {
         "ar": GenerationConfig(
             **{**TINY_LM, "qwen3": "Qwen/Qwen3-0.6B", "warmup_steps": 4000, "end_factor": 1.0}, tokenizer="out/stage2",
-            caption_dropout=0.1, style_dropout=0.2, word_dropout=0.0, code_noise=0.0, steps=100_000, batch_size=512, learning_rate=1e-4,
-            weight_decay=0.0, ema_decay=0.999),
+            caption_dropout=0.1, style_dropout=0.2, word_dropout=0.0, code_noise=0.0, steps=100_000, batch_size=512,
+            learning_rate=1e-4, weight_decay=0.0, ema_decay=0.999),
     },
 }
