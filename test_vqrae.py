@@ -2247,6 +2247,12 @@ def ar_run(encoder_folder, photo_folder, tmp_path):
             "4", "--checkpoint-every", "3", "--workers", "0", "--device", "cpu", "--out", str(tmp_path / "run")]
 
 
+def without_sizes(ar_run):
+    """These arguments without the flags that a Qwen3 checkpoint has fixed, and their values."""
+    fixed = {f"--{name.replace('_', '-')}" for name in vqrae.FIXED_BY_QWEN3}
+    return [word for before, word in zip([None, *ar_run], ar_run) if not {before, word} & fixed]
+
+
 def test_stage_ar_leaves_a_model_that_writes_images_and_all_its_files(ar_run, tmp_path):
     train.main(ar_run)
     out = tmp_path / "run"
@@ -2262,7 +2268,7 @@ def test_stage_ar_leaves_a_model_that_writes_images_and_all_its_files(ar_run, tm
 
 def test_muon_is_for_transformers_that_start_untrained(ar_run, qwen3_with_text):
     assert set(make_run(ar_run).optimizers) == {"optimizer", "muon"}
-    assert set(make_run(ar_run + ["--qwen3", str(qwen3_with_text[0])]).optimizers) == {"optimizer"}
+    assert set(make_run(without_sizes(ar_run) + ["--qwen3", str(qwen3_with_text[0])]).optimizers) == {"optimizer"}
 
 
 def test_stage_ar_resumes_bit_identical(ar_run, tmp_path):
@@ -2324,13 +2330,18 @@ def test_codes_of_an_image_are_those_of_its_caption_also_behind_an_unreadable_fi
     (["--tokenizer", "/nowhere"], "no model at /nowhere"),
     (["--codebook-size", "9"], "--codebook-size is no setting of --stage ar"),
     (["--kv-heads", "3"], "--heads 2 must be a multiple of --kv-heads 3"),
-    (["--qwen3", "{tmp}/tokenizer"], "this loader reads dense Qwen3"),
+    (["--qwen3", "{tmp}/tokenizer"], "--text-vocabulary is fixed by the checkpoint of --qwen3"),
     (["--init", "/nowhere"], "--init is for --stage 2"),
 ])
 def test_a_wrong_argument_of_stage_ar_is_one_sentence(ar_run, extra, sentence, tmp_path):
     with pytest.raises(SystemExit, match=sentence) as error:
         train.main(ar_run + [part.format(tmp=tmp_path) for part in extra])
     assert "\n" not in str(error.value)
+
+
+def test_what_is_no_qwen3_is_said_to_be_none(ar_run, tmp_path):
+    with pytest.raises(SystemExit, match="this loader reads dense Qwen3"):
+        train.main(without_sizes(ar_run) + ["--qwen3", str(tmp_path / "tokenizer")])
 
 
 def test_stage_ar_does_not_go_on_with_another_tokenizer(ar_run, tmp_path):

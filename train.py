@@ -120,6 +120,8 @@ def settings_for(args, stage):
         flag = f"--{name.replace('_', '-')}"
         if args.stage == "2" and name in vqrae.FIXED_BY_STAGE_1:
             raise InputError(f"{flag} is fixed by the model that stage 2 starts from, --init")
+        if name in vqrae.FIXED_BY_QWEN3 and (args.qwen3 or getattr(config, "qwen3", None)):
+            raise InputError(f"{flag} is fixed by the checkpoint of --qwen3")
         if not hasattr(config, name):
             raise InputError(f"{flag} is no setting of --stage {stage}")
     return replace(config, **given)

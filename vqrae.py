@@ -2342,7 +2342,7 @@ class TrainingConfig(CommonConfig):
 class LanguageConfig(CommonConfig):
     """Settings of a transformer that writes codes (stage ar, Table 9) or captions (stage caption, Table 8)."""
 
-    qwen3: str | None = setting("Qwen3 checkpoint to start from, a folder or a hub id; its sizes replace the next ones")
+    qwen3: str | None = setting("Qwen3 checkpoint to start from, a folder or a hub id; it has sizes of its own")
     text_vocabulary: int = setting("tokens of the text tokenizer, at most, 256 bytes among them")
     width: int = setting("of the transformer, d")
     depth: int = setting("blocks")
@@ -2371,7 +2371,8 @@ class CaptionConfig(LanguageConfig):
     image_size: int = setting("side of the images", most=16384)
 
 
-# What a model of stage 1 has fixed for stage 2.
+# What the sizes of a Qwen3 checkpoint, and what a model of stage 1 for stage 2, have fixed.
+FIXED_BY_QWEN3 = ("text_vocabulary", "width", "depth", "heads", "kv_heads", "head_width", "mlp_width")
 FIXED_BY_STAGE_1 = ("encoder", "image_size", "output_patch_size", "quantizer", "codebook_size", "codebook_dim",
                     "beta_side", "codebook_init", "start_tokens", "projection_init")
 
