@@ -2019,19 +2019,6 @@ def test_the_cache_and_the_padding_change_nothing(seed, cfg_scale, top_k, length
         assert found.tolist() == codes
 
 
-@given(words=st.lists(st.sampled_from("noto red apple with a leaf".split()), max_size=6), seed=seeds)
-def test_a_caption_that_forgets_words_keeps_one_and_the_order_of_the_others(words, seed):
-    kept = vqrae.forget_words(" ".join(words), torch.Generator().manual_seed(seed)).split()
-    rest = iter(words)
-    assert all(word in rest for word in kept) and bool(kept) == bool(words)
-
-
-def test_every_word_is_forgotten_about_half_of_the_time():
-    generator = torch.Generator().manual_seed(0)
-    kept = [vqrae.forget_words("green apple with leaf", generator).split() for _ in range(400)]
-    assert all(170 < sum(word in words for words in kept) < 260 for word in ("green", "apple", "with", "leaf"))
-
-
 def test_only_codes_are_generated_and_a_seed_repeats_them():
     model = small_lm()
     draws = [model.extend([[1, 2], [3]], 12, generator=torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)]

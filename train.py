@@ -751,8 +751,6 @@ class GenerationRun(Run):
         captions = [vqrae.caption_of(self.records["train"][index], style=b >= config.style_dropout)
                     if a >= config.caption_dropout else ""
                     for index, a, b in zip(indices, without_caption.tolist(), without_style.tolist())]
-        captions = [vqrae.forget_words(caption, generator) if draw < config.word_dropout else caption
-                    for caption, draw in zip(captions, torch.rand(len(indices), generator=generator).tolist())]
         prompts = [self.model.prompt(caption) for caption in captions]
         codes = self.codes["train"][indices]  # (B, N)
         places = torch.arange(codes.shape[0] * codes.shape[1]).view(codes.shape[:2])  # a place has one code or several

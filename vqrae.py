@@ -1374,17 +1374,6 @@ def misread(codes, most, generator):
     return torch.where(torch.rand(codes.shape, generator=generator) < share, others, codes)
 
 
-def forget_words(caption, generator):
-    """A caption with about half of its words left out, but not the last that is left, nor the order that they are in.
-
-    Nearly all captions of a small set are of one image. Read whole, "green apple" is a name, and says nothing of "red
-    apple"; who has met "apple" and "green" alone knows what each of them is about.
-    """
-    words = caption.split()
-    kept = torch.rand(len(words), generator=generator)  # (number of words,)
-    return " ".join(word for word, chance in zip(words, kept.tolist()) if chance >= min(0.5, kept.max().item()))
-
-
 def choose(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
     """Draw one of K by logits (B, K) -> (B,), among the top_k likeliest (0: all) and the fewest that make up top_p."""
     if temperature < 1e-6:  # divided by less, logits would be no numbers
@@ -2359,7 +2348,6 @@ class GenerationConfig(LanguageConfig):
     tokenizer: str = setting("the VQRAE whose codes are predicted, a folder")
     caption_dropout: float = setting("share of images without their caption, for guidance", zero=True, most=1)
     style_dropout: float = setting("share of captions that do not name the style", zero=True, most=1)
-    word_dropout: float = setting("share of captions that lose half of their words", zero=True, most=1)
     code_noise: float = setting("largest share of an image's codes that are misread in training", zero=True, most=1)
 
 
@@ -2458,8 +2446,7 @@ PRESETS = {
                      discriminator_learning_rate=4e-4),
         "ar": GenerationConfig(
             **{**TINY_LM, "muon_learning_rate": 8e-3}, tokenizer="out/stage2", caption_dropout=0.1, style_dropout=0.2,
-            word_dropout=0.3, code_noise=0.3, steps=2800, batch_size=32, learning_rate=4e-3, weight_decay=0.0,
-            ema_decay=0.998),
+            code_noise=0.3, steps=2800, batch_size=32, learning_rate=4e-3, weight_decay=0.0, ema_decay=0.998),
         "caption": CaptionConfig(
             **TINY_LM, encoder=TINY.encoder, image_size=TINY.image_size, steps=1500, batch_size=32,
             learning_rate=1e-3, weight_decay=0.0, ema_decay=0.998),
@@ -2474,7 +2461,7 @@ PRESETS = {
     "qwen3-0.6b": {
         "ar": GenerationConfig(
             **{**TINY_LM, "qwen3": "Qwen/Qwen3-0.6B", "warmup_steps": 4000, "end_factor": 1.0}, tokenizer="out/stage2",
-            caption_dropout=0.1, style_dropout=0.2, word_dropout=0.0, code_noise=0.0, steps=100_000, batch_size=512,
-            learning_rate=1e-4, weight_decay=0.0, ema_decay=0.999),
+            caption_dropout=0.1, style_dropout=0.2, code_noise=0.0, steps=100_000, batch_size=512, learning_rate=1e-4,
+            weight_decay=0.0, ema_decay=0.999),
     },
 }
