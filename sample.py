@@ -103,7 +103,7 @@ def lpips_distance(device):
 
 # Which of evaluate's flags are for which kind of model.
 EVALUATED_BY = {
-    "tokenizer": ("image_size", "split", "frechet_encoder", "teacher", "clusters"),
+    "tokenizer": ("image_size", "split", "frechet_encoder", "frechet_size", "teacher", "clusters"),
     "generator": ("frechet_encoder", "count", "cfg_scale", "temperature", "top_k", "top_p", "seed"),
     "captioner": ("image_size", "split", "encoder"),
 }
@@ -134,12 +134,13 @@ def evaluate_tokenizer(args, device):
     encoder = vqrae.load_encoder(args.frechet_encoder).to(device)
     teacher = vqrae.load_encoder(args.teacher).to(device)
     result = vqrae.evaluate(model, images, args.batch_size, device, frechet_encoder=encoder,
-                            lpips=lpips_distance(device))
+                            lpips=lpips_distance(device), frechet_size=args.frechet_size)
     result = {"split": args.split, **result}
     if "frechet" in result:  # named after its encoder and never called rFID, which is Inception's
-        result[f"frechet_{Path(args.frechet_encoder).name}"] = result.pop("frechet")
+        size = f"_at_{args.frechet_size}_pixels" if args.frechet_size else ""
+        result[f"frechet_{Path(args.frechet_encoder).name}{size}"] = result.pop("frechet")
     for name, value in result.items():
-        print(f"{name:20} {value:.4f}" if isinstance(value, float) else f"{name:20} {value}")
+        print(f"{name:32} {value:.4f}" if isinstance(value, float) else f"{name:32} {value}")
     if args.split == "val":  # a probe is fitted to the training images and asked about held-out ones
         if sizes(teacher) == sizes(model.encoder):
             train_images = vqrae.ImageSet(args.data, "train", args.image_size)
@@ -147,7 +148,7 @@ def evaluate_tokenizer(args, device):
             print_understanding(result["understanding"])
             if getattr(model, "tower", None) is not None:
                 result["zero_shot"] = unitok.zero_shot(model, train_images.records, images, args.batch_size, device)
-                print(f"{'zero_shot':20} {result['zero_shot']:.4f}")
+                print(f"{'zero_shot':32} {result['zero_shot']:.4f}")
         else:
             print(f"understanding is left out: {args.teacher} is of other sizes than the encoder of {args.model}; "
                   "--teacher names the encoder that it was trained from", file=sys.stderr)
@@ -544,6 +545,9 @@ def parse_args(argv=None):
         if command is evaluate:
             sub.add_argument("--frechet-encoder", default=str(vqrae.ROOT / "data/tiny_vit"),
                              help="whose mean patch features the Frechet distance compares; it is named after it")
+            sub.add_argument("--frechet-size", type=number(int, most=4096), metavar="PIXELS",
+                             help="of a tokenizer: side at which that encoder sees images (default: its own); a larger "
+                             "one shows it finer detail")
             sub.add_argument("--teacher", default=str(vqrae.ROOT / "data/tiny_vit"),
                              help="of a tokenizer: the frozen encoder that it was trained from, for the linear probes")
             sub.add_argument("--clusters", type=number(int), nargs="?", const=24, metavar="K",

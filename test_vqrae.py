@@ -2573,6 +2573,14 @@ def test_evaluate_prints_a_table_and_json_and_names_the_frechet_encoder(saved_mo
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result["images"] == 12 and result["tokens"] == 12 * 16
     assert result[f"frechet_{encoder_folder.name}"] > 0 and not any("fid" in name.lower() for name in result)
+    side = 2 * vqrae.load_encoder(encoder_folder).config.image_size
+    sample.main(["evaluate", "--model", str(saved_model), "--data", str(photo_folder), "--split", "all", "--device",
+                 "cpu", "--frechet-encoder", str(encoder_folder), "--frechet-size", str(side)])
+    closer = json.loads(capsys.readouterr().out.splitlines()[-1])[f"frechet_{encoder_folder.name}_at_{side}_pixels"]
+    assert closer > 0 and closer != result[f"frechet_{encoder_folder.name}"]
+    with pytest.raises(SystemExit, match="do not divide into patches"):
+        sample.main(["evaluate", "--model", str(saved_model), "--data", str(photo_folder), "--device", "cpu",
+                     "--frechet-encoder", str(encoder_folder), "--frechet-size", str(side + 1)])
 
 
 def test_evaluate_measures_understanding_beside_the_teacher(saved_model, photo_folder, encoder_folder, tmp_path,
@@ -2923,8 +2931,8 @@ def test_fuzzed_arguments_of_train_end_in_work_or_a_sentence(wild, stage, flags,
 
 sample_flags = st.lists(st.tuples(st.sampled_from(
     ["--model", "--device", "--out", "--batch-size", "--image-size", "--data", "--split", "--beside", "--encoder",
-     "--frechet-encoder", "--teacher", "--clusters", "--count", "--cfg-scale", "--temperature", "--top-k", "--top-p",
-     "--seed", "--format", "--shard-size", "--codes", "--patches", "--nonsense"]), words | st.sampled_from(
+     "--frechet-encoder", "--frechet-size", "--teacher", "--clusters", "--count", "--cfg-scale", "--temperature",
+     "--top-k", "--top-p", "--seed", "--format", "--shard-size", "--codes", "--patches", "--nonsense"]), words | st.sampled_from(
          ["vqrae", "ar", "caption", "encoder", "images", "hf", "tokens", "all", "val"])), max_size=3)
 
 

@@ -1696,12 +1696,14 @@ def understanding(model, teacher, train_images, test_images, batch_size=64, devi
 
 
 @torch.no_grad()
-def evaluate(model, images, batch_size=64, device="cpu", workers=0, frechet_encoder=None, lpips=None):
+def evaluate(model, images, batch_size=64, device="cpu", workers=0, frechet_encoder=None, lpips=None,
+             frechet_size=None):
     """Reconstruct every image of an ImageSet and return the metrics, averaged over images, as a dict of numbers.
 
     psnr, ssim, and seam_ratio, `seam_errors` at seams over those elsewhere (1: no visible grid). With a codebook also
     utilization, perplexity and tokens of this one pass. With `frechet_encoder`, the Frechet distance between its mean
-    patch features of originals and reconstructions. With `lpips`, a function of two batches -> (B,), its mean.
+    patch features of originals and reconstructions, shown to it with sides of `frechet_size` pixels or its own. With
+    `lpips`, a function of two batches -> (B,), its mean.
     """
     scores, features, seams = {"psnr": [], "ssim": []}, ([], []), []
     counts = torch.zeros(model.config.codebook_size, dtype=torch.int64)
@@ -1717,7 +1719,7 @@ def evaluate(model, images, batch_size=64, device="cpu", workers=0, frechet_enco
             scores.setdefault("lpips", []).append(lpips(x, y).cpu())
         if frechet_encoder is not None:
             for side, part in zip(features, (x, y)):
-                side.append(pooled_features(frechet_encoder, [part]))
+                side.append(pooled_features(frechet_encoder, [part], frechet_size))
         if out.indices is not None:
             counts += model.count(out.indices).cpu()
     result = {name: torch.cat(values).double().mean().item() for name, values in scores.items()}
@@ -1751,9 +1753,12 @@ def retrieval(found, records):
 
 
 @torch.no_grad()
-def pooled_features(encoder, images):
-    """Mean patch features (n, d) on the CPU of an iterable of float batches (B, 3, H, W) in [0, 1]."""
-    side, device = encoder.config.image_size, next(encoder.parameters()).device
+def pooled_features(encoder, images, side=None):
+    """Mean patch features (n, d) on the CPU of an iterable of float batches (B, 3, H, W) in [0, 1].
+
+    Images are resized to `side` pixels, or to those that the encoder was trained with.
+    """
+    side, device = side or encoder.config.image_size, next(encoder.parameters()).device
     return torch.cat([encoder(F.interpolate(x.to(device), (side, side), mode="bicubic", antialias=True)).mean(1).cpu()
                       for x in images])
 
