@@ -2091,7 +2091,7 @@ def test_quick_products_follow_weights_that_change_and_leave_nothing_behind():
         assert model(torch.tensor([tokens]))[0, -1, model.config.text_vocabulary:].argmax() == code
         tokens.append(model.config.text_vocabulary + code)
     assert set(model.state_dict()) == names and first.shape == (1, 5)
-    assert all(module.quick is None for module in model.modules() if isinstance(module, vqrae.Product))
+    assert all(module.laid_out is None for module in model.modules() if isinstance(module, vqrae.Product))
 
 
 def test_the_memory_of_the_cache_is_allocated_once(monkeypatch):

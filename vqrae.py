@@ -1172,15 +1172,25 @@ def few_rows(weight):
 
 
 class Product(nn.Linear):
-    """x W^T; while an image is written, by `few_rows`."""
+    """x W^T, see `products`."""
 
-    quick = None
+    laid_out = None  # while an image is written: a dictionary, from layers to what `few_rows` makes of their weights
 
     def __init__(self, inputs, outputs):
         super().__init__(inputs, outputs, bias=False)
 
     def forward(self, x):
-        return self.quick(x) if self.quick else super().forward(x)
+        return products(x, self)[0]
+
+
+def products(x, *layers):
+    """x W^T of every one of the Products `layers`; while an image is written, as one product, by `few_rows`."""
+    laid_out = layers[0].laid_out
+    if laid_out is None:
+        return [F.linear(x, layer.weight) for layer in layers]
+    if layers not in laid_out:
+        laid_out[layers] = few_rows(torch.cat([layer.weight for layer in layers]))
+    return laid_out[layers](x).split([layer.out_features for layer in layers], dim=-1)
 
 
 class CausalAttention(nn.Module):
@@ -1197,9 +1207,10 @@ class CausalAttention(nn.Module):
     def forward(self, x, turn, visible, cache=None, layer=0):
         B, n, _ = x.shape
         h = self.config.head_width
-        q = rotate(self.q_norm(self.q(x).view(B, n, -1, h)).transpose(1, 2), turn)  # (B, heads, n, h)
-        k = rotate(self.k_norm(self.k(x).view(B, n, -1, h)).transpose(1, 2), turn)  # (B, kv_heads, n, h)
-        v = self.v(x).view(B, n, -1, h).transpose(1, 2)  # (B, kv_heads, n, h)
+        q, k, v = (y.view(B, n, -1, h) for y in products(x, self.q, self.k, self.v))  # each (B, n, its heads, h)
+        q = rotate(self.q_norm(q).transpose(1, 2), turn)  # (B, heads, n, h)
+        k = rotate(self.k_norm(k).transpose(1, 2), turn)  # (B, kv_heads, n, h)
+        v = v.transpose(1, 2)  # (B, kv_heads, n, h)
         if cache is not None:
             k, v = cache.extend(layer, k, v)  # (B, kv_heads, m, h), m = tokens so far
         x = attend(q, k, v, visible)  # (B, heads, n, h)
@@ -1219,8 +1230,8 @@ class CausalBlock(nn.Module):
 
     def forward(self, x, *where):
         x = x + self.attention(self.norm1(x), *where)  # (B, n, d)
-        y = self.norm2(x)
-        return x + self.down(F.silu(self.gate(y)) * self.up(y))  # (B, n, d)
+        gate, up = products(self.norm2(x), self.gate, self.up)  # (B, n, mlp_width)
+        return x + self.down(F.silu(gate) * up)  # (B, n, d)
 
 
 class VisualLM(nn.Module):
@@ -1335,14 +1346,14 @@ class VisualLM(nn.Module):
     @contextmanager
     def quick_products(self):
         """Inside, products are those of `few_rows`; it gives that of the head: (B, d) -> logits of codes (B, K)."""
-        products = [module for module in self.modules() if isinstance(module, Product)]
-        for product in products:
-            product.quick = few_rows(product.weight)
+        layers, laid_out = [module for module in self.modules() if isinstance(module, Product)], {}
+        for layer in layers:
+            layer.laid_out = laid_out
         try:
             yield few_rows(self.embedding.weight[self.config.text_vocabulary:])
         finally:
-            for product in products:
-                product.quick = None
+            for layer in layers:
+                layer.laid_out = None
 
     def save_pretrained(self, folder):
         """Write config.json, model.safetensors and tokenizer.json."""
