@@ -521,7 +521,7 @@ class DepthLM(vqrae.VisualLM):
         m, h = sequence.shape[1], self.config.head_width
         still = torch.tensor([1.0, 0.0], device=sequence.device)[:, None, None].expand(2, m, h)  # no rotary positions
         visible = torch.ones(m, m, dtype=torch.bool, device=sequence.device).tril()[None, None]
-        return self.head(self.depth_norm(self.depth(sequence, still, visible)))
+        return self.head(self.depth_norm(self.depth(sequence, still, vqrae.mask_of(visible, sequence.dtype))))
 
     def code_vectors(self, tokens):
         """The embedding of every single code of tokens (..., M) -> (..., M, d)."""

@@ -117,21 +117,26 @@ class ViTConfig:
             raise InputError(f"family {self.family!r} or activation {self.activation!r} is unknown")
 
 
-def attend(q, k, v, visible=None):
+def attend(q, k, v, mask=None):
     """softmax(q k^T / sqrt(h)) v: queries (B, heads, n, h) and keys, values (B, kv_heads, m, h) -> (B, heads, n, h).
 
-    With fewer heads of keys than of queries, neighbouring queries share one. `visible` (B or 1, 1, n, m) tells which
-    keys a query may see; without it, all of them.
+    With fewer heads of keys than of queries, neighbouring queries share one. mask (B or 1, 1, n, m), added to the
+    scores, is 0 where a query may see a key and -inf elsewhere, see `mask_of`; without it, all see all.
     """
     B, heads, n, h = q.shape
     if q.device.type != "cpu" or n > 512 or n == 1:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, enable_gqa=heads != k.shape[1])
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=heads != k.shape[1])
     # For a few hundred queries on a CPU, torch's fused kernel and above all its backward is slower than two products.
     q = (q * h**-0.5).reshape(B, k.shape[1], -1, h)  # (B, kv_heads, heads/kv_heads * n, h): sharing is stacking
     scores = (q @ k.transpose(-2, -1)).float().view(B, k.shape[1], -1, n, k.shape[2])  # (B, kv_heads, sharing, n, m)
-    if visible is not None:
-        scores = scores.masked_fill(~visible[:, :, None], -torch.inf)
+    if mask is not None:
+        scores = scores + mask[:, :, None]
     return (scores.softmax(-1).to(v.dtype).flatten(2, 3) @ v).view(B, heads, n, h)
+
+
+def mask_of(visible, dtype):
+    """The mask of `attend` from what a query may see, (B or 1, 1, n, m) of booleans."""
+    return torch.zeros(visible.shape, device=visible.device, dtype=dtype).masked_fill_(~visible, -torch.inf)
 
 
 class QuickGELU(nn.Module):
@@ -1204,7 +1209,7 @@ class CausalAttention(nn.Module):
         self.out = Product(config.heads * h, d)
         self.q_norm, self.k_norm = RMSNorm(h, config.norm_eps), RMSNorm(h, config.norm_eps)
 
-    def forward(self, x, turn, visible, cache=None, layer=0):
+    def forward(self, x, turn, mask, cache=None, layer=0):
         B, n, _ = x.shape
         h = self.config.head_width
         q, k, v = (y.view(B, n, -1, h) for y in products(x, self.q, self.k, self.v))  # each (B, n, its heads, h)
@@ -1213,7 +1218,7 @@ class CausalAttention(nn.Module):
         v = v.transpose(1, 2)  # (B, kv_heads, n, h)
         if cache is not None:
             k, v = cache.extend(layer, k, v)  # (B, kv_heads, m, h), m = tokens so far
-        x = attend(q, k, v, visible)  # (B, heads, n, h)
+        x = attend(q, k, v, mask)  # (B, heads, n, h)
         return self.out(x.transpose(1, 2).reshape(B, n, -1))  # (B, n, d)
 
 
@@ -1241,6 +1246,7 @@ class VisualLM(nn.Module):
         super().__init__()
         self.config = config
         self.text = text  # the tokenizers.Tokenizer of its text; None when only tokens come and go
+        self.stamp, self.laid_out = None, {}  # of `quick_products`
         self.embedding = nn.Embedding(config.text_vocabulary + config.codebook_size, config.width)  # also the head
         self.blocks = nn.ModuleList([CausalBlock(config) for _ in range(config.depth)])
         self.norm = RMSNorm(config.width, config.norm_eps)
@@ -1266,8 +1272,9 @@ class VisualLM(nn.Module):
         if first is not None:
             visible = visible & (past >= first[:, None])[:, None, None]  # (B, 1, n, m)
             visible = visible | (past == position[:, None])  # padding sees itself: a softmax of nothing is no number
+        mask = mask_of(visible, x.dtype)
         for layer, block in enumerate(self.blocks):
-            x = block(x, turn, visible, cache, layer)  # (B, n, d)
+            x = block(x, turn, mask, cache, layer)  # (B, n, d)
         if cache is not None:
             cache.length += n
         return self.norm(x)
@@ -1343,14 +1350,27 @@ class VisualLM(nn.Module):
         """The codes (B,) that `pick` takes by the logits of what follows x (B or 2B, d): only codes may follow."""
         return pick(head(x).float())
 
+    def _apply(self, *args, **kwargs):  # of nn.Module: moves the weights, or changes their type
+        self.stamp = None
+        return super()._apply(*args, **kwargs)
+
     @contextmanager
     def quick_products(self):
-        """Inside, products are those of `few_rows`; it gives that of the head: (B, d) -> logits of codes (B, K)."""
-        layers, laid_out = [module for module in self.modules() if isinstance(module, Product)], {}
+        """Inside, products are those of `few_rows`; it gives that of the head: (B, d) -> logits of codes (B, K).
+
+        What is laid out is kept, for the next image, until a weight changes; autograd's counter of changes in place
+        tells, which does not see those of a weight's `.data`.
+        """
+        stamp = [None if weight.is_inference() else (weight.data_ptr(), weight._version) for weight in self.parameters()]
+        if stamp != self.stamp or None in stamp:
+            self.stamp, self.laid_out = stamp, {}
+        layers = [module for module in self.modules() if isinstance(module, Product)]
         for layer in layers:
-            layer.laid_out = laid_out
+            layer.laid_out = self.laid_out
         try:
-            yield few_rows(self.embedding.weight[self.config.text_vocabulary:])
+            if "head" not in self.laid_out:
+                self.laid_out["head"] = few_rows(self.embedding.weight[self.config.text_vocabulary:])
+            yield self.laid_out["head"]
         finally:
             for layer in layers:
                 layer.laid_out = None
