@@ -2108,6 +2108,39 @@ def test_quick_products_follow_weights_that_change_and_leave_nothing_behind(chan
     assert all(module.laid_out is None for module in model.modules() if isinstance(module, vqrae.Product))
 
 
+class SeesOnly:
+    """In a tokenizer's place: what it is shown is what it gives for codes."""
+
+    def encode(self, images):
+        return None, (255 * images).round().long()
+
+
+def test_a_green_apple_in_red_is_learned_as_a_red_apple_and_stays_an_apple():
+    images = vqrae.ImageSet("data/emoji", "train", 64)
+    captions = [vqrae.caption_of(record) for record in images.records]
+    places = [captions.index(caption) for caption in ("noto green apple", "noto blue circle", "noto orange circle",
+                                                      "twemoji green apple", "noto man: red hair")]
+    seen, records = vqrae.recolour(SeesOnly(), images, places)
+    told = [vqrae.caption_of(record) for record in records]
+    assert len(seen) == len(told) == len(set(told)) and not set(told) & {captions[place] for place in places}
+    assert {caption.split(" ", 2)[2] for caption in told} == {"apple", "circle"}  # whose caption begins with a colour
+    for style, place in (("noto", places[0]), ("twemoji", places[3])):
+        [green], red = images.batches([place], 1), seen[told.index(f"{style} red apple")].double()
+        light = [x.double().amax(0) for x in (green[0], red)]  # hue is all that changes: not what is light or white
+        torch.testing.assert_close(*light, atol=2, rtol=0)
+        strong = green[0].double().amax(0) - green[0].double().amin(0) > 60
+        r, g, b = red[:, strong].mean(1)
+        assert r > g + 20 and r > b + 20
+        r, g, b = green[0].double()[:, strong].mean(1)
+        assert g > r + 20 and g > b + 20
+
+
+def test_captions_without_a_colour_are_not_recoloured(tmp_path):
+    Image.new("RGB", (64, 64), "green").save(tmp_path / "green.png")
+    images = vqrae.ImageSet(tmp_path, "all", 64)
+    assert vqrae.recolour(SeesOnly(), images, range(len(images))) == (None, [])
+
+
 def test_layouts_of_weights_are_kept_from_one_image_to_the_next(monkeypatch):
     model, laid_out, real = small_lm(), [], vqrae.few_rows
     monkeypatch.setattr(vqrae, "few_rows", lambda weight: laid_out.append(weight.shape) or real(weight))

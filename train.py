@@ -717,6 +717,11 @@ class GenerationRun(Run):
             if self.rank == 0 and self.ranks > 1:
                 dist.barrier()
             self.records[split] = [images.records[place] for place in places.tolist()]
+            if split == "train" and config.recolour == "yes":
+                codes, records = vqrae.recolour(self.tokenizer, images, places.tolist(), self.device)
+                if records:
+                    self.codes[split] = torch.cat([self.codes[split], codes])
+                    self.records[split] += records
         self.digest = hashlib.sha256(self.codes["train"].numpy().tobytes() + self.codes["val"].numpy().tobytes())
         self.tokens_per_image = self.codes["train"].shape[1]
         texts = [vqrae.caption_of(record) for record in self.records["train"]]

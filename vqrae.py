@@ -1475,6 +1475,36 @@ def caption_of(record, style=True):
     return f"{record['style']} {words}" if style and "style" in record else words
 
 
+COLOURS = {"red": 0.99, "orange": 0.08, "yellow": 0.13, "green": 0.27, "blue": 0.57, "purple": 0.76}  # mean hues of emoji
+
+
+@torch.no_grad()
+def recolour(model, images, places, device="cpu"):
+    """Images in other colours than their own: their codes (n, N) and records, such as a green apple's as "red apple".
+
+    Of an ImageSet, those of `places` whose caption begins with one of COLOURS; no caption that others of them have. In
+    a small set a colour is seen on a few things only, and so its word comes to mean those things.
+    """
+    records = [images.records[place] for place in places]
+    known, codes, found = {caption_of(record) for record in records}, [], []
+    for place, record in zip(places, records):
+        colour, _, thing = record.get("caption", "").partition(" ")
+        if colour not in COLOURS or not thing:
+            continue
+        turns = {}
+        for other, hue in COLOURS.items():
+            new = {**record, "caption": f"{other} {thing}"}
+            if caption_of(new) not in known:
+                known.add(caption_of(new))
+                found.append(new)
+                turns[other] = (hue - COLOURS[colour] + 0.5) % 1 - 0.5  # in [-0.5, 0.5), as adjust_hue wants
+        if turns:
+            [image] = images.batches([place], 1)  # (1, 3, H, W)
+            turned = torch.cat([pixels.adjust_hue(image, turn) for turn in turns.values()])
+            codes.append(model.encode(turned.to(device).float() / 255)[1].cpu())
+    return torch.cat(codes) if codes else None, found
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Section 3.4, "Multimodal Understanding with VQRAE": the same transformer reads continuous features and writes text
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2385,6 +2415,8 @@ class GenerationConfig(LanguageConfig):
     caption_dropout: float = setting("share of images without their caption, for guidance", zero=True, most=1)
     style_dropout: float = setting("share of captions that do not name the style", zero=True, most=1)
     code_noise: float = setting("largest share of an image's codes that are misread in training", zero=True, most=1)
+    recolour: str = setting("yes: a caption that begins with a colour is also learned in others, the image's hue turned",
+                            choices=["yes", "no"])
 
 
 @dataclass(kw_only=True)
@@ -2482,7 +2514,7 @@ PRESETS = {
                      discriminator_learning_rate=4e-4),
         "ar": GenerationConfig(
             **{**TINY_LM, "muon_learning_rate": 8e-3}, tokenizer="out/stage2", caption_dropout=0.1, style_dropout=0.2,
-            code_noise=0.3, steps=2800, batch_size=32, learning_rate=4e-3, weight_decay=0.0, ema_decay=0.998),
+            code_noise=0.3, recolour="yes", steps=2800, batch_size=32, learning_rate=4e-3, weight_decay=0.0, ema_decay=0.998),
         "caption": CaptionConfig(
             **TINY_LM, encoder=TINY.encoder, image_size=TINY.image_size, steps=1500, batch_size=32,
             learning_rate=1e-3, weight_decay=0.0, ema_decay=0.998),
@@ -2497,7 +2529,7 @@ PRESETS = {
     "qwen3-0.6b": {
         "ar": GenerationConfig(
             **{**TINY_LM, "qwen3": "Qwen/Qwen3-0.6B", "warmup_steps": 4000, "end_factor": 1.0}, tokenizer="out/stage2",
-            caption_dropout=0.1, style_dropout=0.2, code_noise=0.0, steps=100_000, batch_size=512, learning_rate=1e-4,
-            weight_decay=0.0, ema_decay=0.999),
+            caption_dropout=0.1, style_dropout=0.2, code_noise=0.0, recolour="no", steps=100_000, batch_size=512,
+            learning_rate=1e-4, weight_decay=0.0, ema_decay=0.999),
     },
 }
