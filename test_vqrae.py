@@ -2123,7 +2123,7 @@ def test_a_green_apple_in_red_is_learned_as_a_red_apple_and_stays_an_apple():
     seen, records = vqrae.recolour(SeesOnly(), images, places)
     told = [vqrae.caption_of(record) for record in records]
     assert len(seen) == len(told) == len(set(told)) and not set(told) & {captions[place] for place in places}
-    assert {caption.split(" ", 2)[2] for caption in told} == {"apple", "circle"}  # whose caption begins with a colour
+    assert {caption.split(" ", 2)[2] for caption in told} == {"apple", "circle"}  # captions that begin with a colour
     for style, place in (("noto", places[0]), ("twemoji", places[3])):
         [green], red = images.batches([place], 1), seen[told.index(f"{style} red apple")].double()
         light = [x.double().amax(0) for x in (green[0], red)]  # hue is all that changes: not what is light or white
@@ -2989,8 +2989,8 @@ def test_fuzzed_arguments_of_train_end_in_work_or_a_sentence(wild, stage, flags,
 sample_flags = st.lists(st.tuples(st.sampled_from(
     ["--model", "--device", "--out", "--batch-size", "--image-size", "--data", "--split", "--beside", "--encoder",
      "--frechet-encoder", "--frechet-size", "--teacher", "--clusters", "--count", "--cfg-scale", "--temperature",
-     "--top-k", "--top-p", "--seed", "--format", "--shard-size", "--codes", "--patches", "--nonsense"]), words | st.sampled_from(
-         ["vqrae", "ar", "caption", "encoder", "images", "hf", "tokens", "all", "val"])), max_size=3)
+     "--top-k", "--top-p", "--seed", "--format", "--shard-size", "--codes", "--patches", "--nonsense"]),
+    words | st.sampled_from(["vqrae", "ar", "caption", "encoder", "images", "hf", "tokens", "all", "val"])), max_size=3)
 
 
 @fuzz(st.sampled_from(["reconstruct", "evaluate", "evaluate ar", "evaluate caption", "codes", "generate", "caption",

@@ -1361,7 +1361,8 @@ class VisualLM(nn.Module):
         What is laid out is kept, for the next image, until a weight changes; autograd's counter of changes in place
         tells, which does not see those of a weight's `.data`.
         """
-        stamp = [None if weight.is_inference() else (weight.data_ptr(), weight._version) for weight in self.parameters()]
+        stamp = [None if weight.is_inference() else (weight.data_ptr(), weight._version)
+                 for weight in self.parameters()]
         if stamp != self.stamp or None in stamp:
             self.stamp, self.laid_out = stamp, {}
         layers = [module for module in self.modules() if isinstance(module, Product)]
@@ -1475,7 +1476,8 @@ def caption_of(record, style=True):
     return f"{record['style']} {words}" if style and "style" in record else words
 
 
-COLOURS = {"red": 0.99, "orange": 0.08, "yellow": 0.13, "green": 0.27, "blue": 0.57, "purple": 0.76}  # mean hues of emoji
+# Mean hues of the emoji that are called so, in turns of the colour wheel.
+COLOURS = {"red": 0.99, "orange": 0.08, "yellow": 0.13, "green": 0.27, "blue": 0.57, "purple": 0.76}
 
 
 @torch.no_grad()
@@ -2415,7 +2417,7 @@ class GenerationConfig(LanguageConfig):
     caption_dropout: float = setting("share of images without their caption, for guidance", zero=True, most=1)
     style_dropout: float = setting("share of captions that do not name the style", zero=True, most=1)
     code_noise: float = setting("largest share of an image's codes that are misread in training", zero=True, most=1)
-    recolour: str = setting("yes: a caption that begins with a colour is also learned in others, the image's hue turned",
+    recolour: str = setting("whether what is captioned \"green ...\" is also learned in other colours, its hue turned",
                             choices=["yes", "no"])
 
 
@@ -2514,7 +2516,8 @@ PRESETS = {
                      discriminator_learning_rate=4e-4),
         "ar": GenerationConfig(
             **{**TINY_LM, "muon_learning_rate": 8e-3}, tokenizer="out/stage2", caption_dropout=0.1, style_dropout=0.2,
-            code_noise=0.3, recolour="yes", steps=2800, batch_size=32, learning_rate=4e-3, weight_decay=0.0, ema_decay=0.998),
+            code_noise=0.3, recolour="yes", steps=2800, batch_size=32, learning_rate=4e-3, weight_decay=0.0,
+            ema_decay=0.998),
         "caption": CaptionConfig(
             **TINY_LM, encoder=TINY.encoder, image_size=TINY.image_size, steps=1500, batch_size=32,
             learning_rate=1e-3, weight_decay=0.0, ema_decay=0.998),
