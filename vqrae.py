@@ -1476,8 +1476,18 @@ def caption_of(record, style=True):
     return f"{record['style']} {words}" if style and "style" in record else words
 
 
-# Mean hues of the emoji that are called so, in turns of the colour wheel.
-COLOURS = {"red": 0.99, "orange": 0.08, "yellow": 0.13, "green": 0.27, "blue": 0.57, "purple": 0.76}
+# Of emoji that are called so, on average: hue, in turns of the colour wheel, and how far apart red, green and blue are.
+COLOURS = {"red": (0.99, 158), "orange": (0.08, 199), "yellow": (0.13, 169), "green": (0.27, 102),
+           "blue": (0.57, 155), "purple": (0.76, 105)}
+
+
+def turn_colour(image, old, new):
+    """An image (1, 3, H, W) uint8 with the hue of `old` turned to `new`, two of COLOURS, and as strong as that is."""
+    turn = COLOURS[new][0] - COLOURS[old][0]
+    image = pixels.adjust_hue(image, (turn + 0.5) % 1 - 0.5)
+    spread = (image.amax(1) - image.amin(1)).float()  # (1, H, W)
+    strength = spread[spread > 40].mean().item()  # nan where all is grey
+    return pixels.adjust_saturation(image, max(1.0, COLOURS[new][1] / strength))
 
 
 @torch.no_grad()
@@ -1493,17 +1503,14 @@ def recolour(model, images, places, device="cpu"):
         colour, _, thing = record.get("caption", "").partition(" ")
         if colour not in COLOURS or not thing:
             continue
-        turns = {}
-        for other, hue in COLOURS.items():
+        [image] = images.batches([place], 1)  # (1, 3, H, W)
+        for other in COLOURS:
             new = {**record, "caption": f"{other} {thing}"}
             if caption_of(new) not in known:
                 known.add(caption_of(new))
                 found.append(new)
-                turns[other] = (hue - COLOURS[colour] + 0.5) % 1 - 0.5  # in [-0.5, 0.5), as adjust_hue wants
-        if turns:
-            [image] = images.batches([place], 1)  # (1, 3, H, W)
-            turned = torch.cat([pixels.adjust_hue(image, turn) for turn in turns.values()])
-            codes.append(model.encode(turned.to(device).float() / 255)[1].cpu())
+                turned = turn_colour(image, colour, other)
+                codes.append(model.encode(turned.to(device).float() / 255)[1].cpu())
     return torch.cat(codes) if codes else None, found
 
 
