@@ -589,7 +589,7 @@ class TokenizerRun(Run):
             reconstruction = out.reconstruction.detach().float()
             target = vqrae.resize_to(images, reconstruction)
             if adversarial:
-                discriminator_loss, logits = self.discriminator.loss(target, reconstruction)
+                discriminator_loss, logits = self.discriminator.loss(target, reconstruction, over_ranks=self.over_ranks)
                 (len(images) / len(batch) * discriminator_loss).backward()
                 terms.update(discriminator_loss=discriminator_loss, **logits)
             with torch.no_grad():
@@ -602,8 +602,6 @@ class TokenizerRun(Run):
         others = [("discriminator_grad_norm", list(self.discriminator.parameters()), self.discriminator_optimizers,
                    config.discriminator_start)] if adversarial else []
         self.descend(losses, *others)
-        if adversarial:
-            self.over_ranks([self.discriminator.real_average, self.discriminator.fake_average])
 
     def log(self, images_per_second):
         counts, _ = self.window.pop("code_counts", (None, 0))

@@ -1005,15 +1005,22 @@ class Discriminator(nn.Module):
         with torch.autocast(images.device.type, enabled=False):
             return self.layers(images.float())  # (B, 1, 16, 16)
 
-    def loss(self, real, fake, lecam_weight=0.001, decay=0.999):
-        """What the discriminator minimises on originals and reconstructions: hinge + LeCam; a dict of scalars too."""
-        real, fake = self(real), self(fake.detach())
-        hinge = hinge_loss(real, fake)
-        lecam = lecam_penalty(real, fake, self.real_average, self.fake_average)
+    def loss(self, real, fake, lecam_weight=0.001, decay=0.999, over_ranks=lambda means: None):
+        """What the discriminator minimises on originals and reconstructions: hinge + LeCam; a dict of scalars too.
+
+        LeCam is of a batch's mean logits. When processes share a batch out, `over_ranks` replaces the tensors of a list
+        by their means over all of them.
+        """
+        real, fake = self(real), self(fake.detach())  # (B, 1, 16, 16)
+        hinge, means = hinge_loss(real, fake), [real.mean(), fake.mean()]
+        whole = [mean.detach().clone() for mean in means]  # of the batch, where `means` are of this process' share
+        over_ranks(whole)
+        real_mean, fake_mean = (mean + (all_of_it - mean).detach() for mean, all_of_it in zip(means, whole))
+        lecam = lecam_penalty(real_mean, fake_mean, self.real_average, self.fake_average)
         with torch.no_grad():  # after use, so that a batch is compared with those before it
-            self.real_average.lerp_(real.mean(), 1 - decay)
-            self.fake_average.lerp_(fake.mean(), 1 - decay)
-        return hinge + lecam_weight * lecam, {"hinge": hinge, "real_logit": real.mean(), "fake_logit": fake.mean()}
+            self.real_average.lerp_(whole[0], 1 - decay)
+            self.fake_average.lerp_(whole[1], 1 - decay)
+        return hinge + lecam_weight * lecam, {"hinge": hinge, "real_logit": means[0], "fake_logit": means[1]}
 
 
 class BlurHalf(nn.Module):
