@@ -101,23 +101,29 @@ def lpips_distance(device):
     return network.to(device).lpips
 
 
-# Which of evaluate's flags are for which kind of model.
-EVALUATED_BY = {
+# Which flags of evaluate are for which kind of model, and which flags of export for which format; others are for all.
+USED_BY = {
     "tokenizer": ("image_size", "split", "frechet_encoder", "frechet_size", "teacher", "clusters"),
     "generator": ("frechet_encoder", "count", "cfg_scale", "temperature", "top_k", "top_p", "seed"),
     "captioner": ("image_size", "split", "encoder"),
+    "hf": (), "tokens": ("data", "split", "image_size", "batch_size", "shard_size"), "onnx": ("image_size",),
 }
+
+
+def fill_in(args, kind, what):
+    """Give the flags that were left out their defaults; InputError for one that USED_BY does not have for this kind."""
+    for name, default in args.defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, default)
+        elif name not in USED_BY[kind]:
+            raise InputError(f"--{name.replace('_', '-')} is not for {what}")
 
 
 def evaluate(args, device):
     """Print the metrics of a tokenizer, a generator or a captioner as a table, then as one JSON line."""
     config = vqrae.read_json(args.model / "config.json") if args.model.is_dir() else {}
     kind = "generator" if "text_vocabulary" in config else "captioner" if "lm" in config else "tokenizer"
-    for name, default in args.defaults.items():
-        if getattr(args, name) is None:
-            setattr(args, name, default)
-        elif name not in EVALUATED_BY[kind]:
-            raise InputError(f"--{name.replace('_', '-')} is not for a {kind}, and {args.model} holds one")
+    fill_in(args, kind, f"a {kind}, and {args.model} holds one")
     run = {"tokenizer": evaluate_tokenizer, "generator": evaluate_generator, "captioner": evaluate_captioner}[kind]
     result = run(args, device)
     print(json.dumps({"model": str(args.model), "data": str(args.data), **result}))
@@ -370,6 +376,7 @@ def export(args, device):
     tokens: the codes of all images of --data, in shards with an index; what is written is not written again.
     onnx: graphs from images to codes and from codes to images, for batches of any size, held to torch's answers.
     """
+    fill_in(args, args.format, f"--format {args.format}")
     model = load_tokenizer(args, device)
     if args.format == "onnx":
         export_onnx(args, model.cpu())
@@ -567,9 +574,6 @@ def parse_args(argv=None):
             sub.add_argument("--top-p", type=number(float, most=1), default=1.0,
                              help=of + "only the fewest codes that make up this probability")
             sub.add_argument("--seed", type=number(int, zero=True), default=0, help="of the draw of codes")
-        if command is evaluate:  # which of them were given shows in what is not None
-            names = {name for names in EVALUATED_BY.values() for name in names}
-            sub.set_defaults(defaults={name: sub.get_default(name) for name in names}, **dict.fromkeys(names))
         if command is generate:
             sub.add_argument("captions", nargs="*", metavar="CAPTION", help='such as "a red apple" or "noto red apple"')
         if command is export:
@@ -582,6 +586,10 @@ def parse_args(argv=None):
             sub.add_argument("--codebook", type=number(int, zero=True), default=0, help="of which codebook, if a model "
                              "has several")
             sub.add_argument("--patches", type=number(int, most=1000), default=16, help="how many patches of each")
+        if command in (evaluate, export):  # which of them were given shows in what is not None
+            kinds = ("tokenizer", "generator", "captioner") if command is evaluate else ("hf", "tokens", "onnx")
+            names = {name for kind in kinds for name in USED_BY[kind]}
+            sub.set_defaults(defaults={name: sub.get_default(name) for name in names}, **dict.fromkeys(names))
     refuse_dashes(parser, argv)
     return parser.parse_args(argv)
 

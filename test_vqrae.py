@@ -2782,6 +2782,7 @@ def test_swapping_in_the_same_encoder_changes_nothing(written_models, photo_fold
     (["evaluate", "--model", "{ar}", "--split", "train"], "--split is not for a generator"),
     (["evaluate", "--model", "{caption}", "--top-k", "5"], "--top-k is not for a captioner"),
     (["evaluate", "--model", "{vqrae}", "--encoder", "x"], "--encoder is not for a tokenizer"),
+    (["export", "--model", "{vqrae}", "--format", "hf", "--data", "x"], "--data is not for --format hf"),
     (["caption", "x.png", "--model", "{caption}"], "none of the given files"),
     (["caption", "x.png", "--model", "{caption}", "--encoder", "data/tiny_vit"], "has other sizes"),
     (["reconstruct", "x.png", "--model", "{ar}"], "does not describe a VQRAE"),

@@ -208,10 +208,9 @@ class Run:
         self.rank, self.ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         if config.batch_size % self.ranks:
             raise InputError(f"--batch-size {config.batch_size} cannot be shared out evenly to {self.ranks} processes")
-        if args.shard and (self.ranks == 1 or args.compile or config.muon_learning_rate
-                           or isinstance(config, unitok.UniTokTraining)):
-            raise InputError("--shard is for torchrun with several processes, and goes with neither --compile, Muon "
-                             "(--muon-learning-rate 0 turns it off) nor the quantizers of unitok.py")
+        if args.shard and (self.ranks == 1 or args.compile or config.muon_learning_rate):
+            raise InputError("--shard is for torchrun with several processes, and goes with neither --compile nor Muon "
+                             "(--muon-learning-rate 0 turns it off)")
         torch.manual_seed(args.seed)
         self.done, self.seconds, self.window, self.lines = 0, 0.0, {}, []
         self.damaged = False  # whether the last checkpoint is, so that it must not replace the one before it
@@ -247,6 +246,8 @@ class Run:
 
     def set_up(self, model, forward):
         """Take a model on the device, and `forward`, the part of it that a step calls."""
+        if self.args.shard and isinstance(model, (unitok.UniTok, unitok.DepthLM)):
+            raise InputError("--shard does not go with the models of unitok.py")
         self.model, self.plain_forward = model, forward
         self.forward = torch.compile(forward) if self.args.compile else forward
         self.optimizers = self.make_optimizers(model, self.config.learning_rate)
