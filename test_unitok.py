@@ -520,7 +520,7 @@ def test_without_captions_no_image_is_asked_for_its_record(short_run, monkeypatc
 def test_sharding_such_a_model_is_refused_whatever_the_stage(short_run):
     run = make_run([*short_run, "--quantizer", "mcq", "--codebooks", "4"])
     run.args.shard = True
-    with pytest.raises(vqrae.InputError, match="--shard does not go with the models of unitok.py"):
+    with pytest.raises(InputError, match="--shard does not go with the models of unitok.py"):
         run.set_up(run.model, run.model)
 
 
