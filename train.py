@@ -956,11 +956,10 @@ def draw_curves(lines, path):
     plt.close(figure)
 
 
-def train(run):
-    """The loop: steps, log lines, evaluations, checkpoints; then the final figures and pictures."""
-    args, config, first = run.args, run.config, run.rank == 0  # the first of all ranks writes and speaks
+def start_or_resume(run):
+    """Go to step 0, or to the last checkpoint, as --resume and --overwrite say; InputError when neither may be."""
+    args, first = run.args, run.rank == 0  # the first of all ranks writes and speaks
     args.out.mkdir(parents=True, exist_ok=True)
-    begin = time.time()
     begun = any(path.exists() for path in run.checkpoints)
     if args.resume and begun:
         run.load()
@@ -982,11 +981,30 @@ def train(run):
         run.start()
     if args.shard:
         run.share_out()
-    earlier, metrics = run.seconds, args.out / "metrics.jsonl"
     if first:
-        write_log(metrics, run.lines)  # without what the part before wrote behind its last checkpoint
+        write_log(args.out / "metrics.jsonl", run.lines)  # without what was written behind the last checkpoint
 
-    batches = iter(run.batches())
+
+def report(run, line, bar):
+    """Add a line to the log, to metrics.jsonl and to the progress bar."""
+    run.lines.append(line)
+    metrics = run.args.out / "metrics.jsonl"
+    try:
+        with open(metrics, "a") as file:
+            file.write(json.dumps(line) + "\n")
+    except OSError as error:
+        raise InputError(f"cannot write {metrics} ({error}); --resume goes on from the last checkpoint") from None
+    figures, sentence = run.show(line)
+    bar.set_postfix(**figures, images_per_s=f"{line['images_per_second']:.0f}")
+    if sentence:
+        bar.write(f"step {line['step']}: {sentence}")
+
+
+def train(run):
+    """The loop: steps, log lines, evaluations, checkpoints; then the final figures and pictures."""
+    args, config, first, begin = run.args, run.config, run.rank == 0, time.time()
+    start_or_resume(run)
+    earlier, batches = run.seconds, iter(run.batches())
     timed_steps, timer, saved = 0, time.time(), run.done
     with stop_signals() as stopped, tqdm(total=config.steps, initial=run.done, desc=f"stage {args.stage}", unit="step",
                                          dynamic_ncols=True, mininterval=1, disable=not first) as bar:
@@ -1004,17 +1022,7 @@ def train(run):
                 if first:
                     if evaluating:
                         line.update(run.evaluate())
-                    run.lines.append(line)
-                    try:
-                        with open(metrics, "a") as file:
-                            file.write(json.dumps(line) + "\n")
-                    except OSError as error:
-                        raise InputError(f"cannot write {metrics} ({error}); --resume goes on from the last "
-                                         "checkpoint") from None
-                    figures, sentence = run.show(line)
-                    bar.set_postfix(**figures, images_per_s=f"{line['images_per_second']:.0f}")
-                    if sentence:
-                        bar.write(f"step {line['step']}: {sentence}")
+                    report(run, line, bar)
                 timer = time.time()
             if run.done % args.checkpoint_every == 0 or last:
                 run.seconds, saved = earlier + time.time() - begin, run.done
