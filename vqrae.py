@@ -411,12 +411,6 @@ def check_weights(expected, weights, path):
             raise InputError(f"{path}: tensor {name!r} has values that are no numbers, so it is damaged")
 
 
-def load_weights(module, weights, path):
-    """Put named tensors into a module, all of them; InputError names the first missing name or wrong shape."""
-    check_weights(module.state_dict(), weights, path)
-    module.load_state_dict({name: weights[name] for name in module.state_dict()})
-
-
 def save_model(model, folder):
     """Write config.json and model.safetensors, each replaced in one step."""
     folder = Path(folder)
