@@ -586,7 +586,7 @@ def test_sample_evaluates_shows_and_exports_many_codebooks(trained, photo_folder
     with pytest.raises(SystemExit, match="--codebook 4: .* has codebooks 0 to 3"):
         sample.main(["codes", *common, "--codebook", "4"])
     with pytest.raises(SystemExit, match="--format onnx is for models of VQRAE's quantizers; .* is mcq"):
-        sample.main(["export", *common, "--format", "onnx"])
+        sample.main(["export", "--model", str(trained), "--out", str(tmp_path / "out"), "--format", "onnx"])
     sample.main(["export", *common, "--format", "tokens"])
     index = json.loads((tmp_path / "out/index.json").read_text())
     assert index["codebooks"] == 4 and index["tokens_per_image"] == 16

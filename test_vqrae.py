@@ -196,6 +196,14 @@ def test_in_plain_vq_codes_that_were_never_chosen_stay_put(seed):
     assert never_chosen.any() and (moved[never_chosen] == 0).all() and (moved[~never_chosen] > 0).all()
 
 
+@pytest.mark.parametrize("e", [8, 256])
+def test_the_gradient_of_codes_is_the_same_every_time_however_many_tokens_share_one(e):
+    torch.manual_seed(0)
+    quantizer, indices, gradient = vqrae.VectorQuantizer(64, e), torch.randint(64, (8192,)), torch.randn(8192, e)
+    first, *others = [torch.autograd.grad(quantizer.lookup(indices), quantizer.codebook, gradient)[0] for _ in range(20)]
+    assert all(other.equal(first) for other in others)
+
+
 @given(seeds)
 def test_the_base_codebook_of_simvq_never_changes_and_is_no_parameter(seed):
     quantizer, z = make_quantizer("simvq", 50, 8, seed)
