@@ -1031,7 +1031,9 @@ def train(run):
             run.seconds = earlier + time.time() - begin
             run.save()
     if not first:
-        sys.exit(0 if run.done == config.steps else 130)
+        # At once: on its usual way out, a process has been seen to abort over a thread of gloo's that was not done.
+        sys.stderr.flush()
+        os._exit(0 if run.done == config.steps else 130)
     if run.done < config.steps:
         print(f"stopped after step {run.done} of {config.steps}; the same command with --resume goes on from here")
         sys.exit(130)

@@ -1398,9 +1398,9 @@ SAMPLING = {"cfg_scale": 1.25, "temperature": 0.2}
 def misread(codes, most, generator):
     """Codes (B, N) with some replaced by other codes of the batch: in each image its own share, up to `most`.
 
-    An image of a small set is known by its first codes. A transformer that reads them as they are learns to go on from
-    there, by heart, and has no use for the caption; once it writes, its first slip leads it to another image or to
-    none. One that may not trust what it reads learns what the caption says about every place.
+    An image of a small set is known by its first codes. A transformer that reads them as they are may learn to go on
+    from there, by heart, and have no use for the caption; once it writes, its first slip leads it to another image or
+    to none. One that may not trust what it reads learns what the caption says about every place. The README compares.
     """
     share = most * torch.rand(len(codes), 1, generator=generator)  # (B, 1)
     others = codes.flatten()[torch.randperm(codes.numel(), generator=generator)].view_as(codes)  # (B, N)
