@@ -554,7 +554,7 @@ class VectorQuantizer(nn.Module):
 
     def lookup(self, indices):
         """Effective codes (..., e) of indices (...): exactly what the forward pass used."""
-        return self.project(F.embedding(indices, self.codebook))  # codebook[indices], and a gradient summed in one order
+        return self.project(F.embedding(indices, self.codebook))  # codebook[indices], its gradient summed in order
 
     @torch.no_grad()
     def search(self, z, code_chunk=2048, token_chunk=4096):
