@@ -1031,8 +1031,11 @@ def train(run):
             run.seconds = earlier + time.time() - begin
             run.save()
     if not first:
-        # At once: on its usual way out, a process has been seen to abort over a thread of gloo's that was not done.
+        del batches  # its processes would go on reading
+        dist.destroy_process_group()
+        sys.stdout.flush()
         sys.stderr.flush()
+        # Not by the interpreter's own way out: on it a process has been seen to abort over a thread of torch's.
         os._exit(0 if run.done == config.steps else 130)
     if run.done < config.steps:
         print(f"stopped after step {run.done} of {config.steps}; the same command with --resume goes on from here")

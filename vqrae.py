@@ -1009,6 +1009,7 @@ class Discriminator(nn.Module):
         hinge, means = hinge_loss(real, fake), [real.mean(), fake.mean()]
         whole = [mean.detach().clone() for mean in means]  # of the batch, where `means` are of this process' share
         over_ranks(whole)
+        # The whole batch's value with this share's gradient; those of all processes are averaged later.
         real_mean, fake_mean = (mean + (all_of_it - mean).detach() for mean, all_of_it in zip(means, whole))
         lecam = lecam_penalty(real_mean, fake_mean, self.real_average, self.fake_average)
         with torch.no_grad():  # after use, so that a batch is compared with those before it
