@@ -2,7 +2,8 @@
 
     images -> encoder E -> Linear d->e -> SimVQ codebook -> Linear e->d -> symmetric decoder D -> images
 
-Shapes used in the comments, with the paper's letter where it has one:
+First comes the paper, Sections 3.2 to 3.5; then metrics (Section 4.1), image data, checkpoints, and the settings of
+Tables 7 to 9. Shapes used in the comments, with the paper's letter where it has one:
     B  images in a batch            d  width of encoder and decoder     p  patch side the encoder reads
     N  tokens of an image, hw/p^2   e  width of a code                  q  patch side the decoder writes
     K  codes in the codebook (n and k in the paper)
@@ -41,47 +42,9 @@ class InputError(ValueError):
     """A mistake in the user's input that one sentence explains; the drivers print it without a traceback."""
 
 
-@contextmanager
-def replacing(path):
-    """A path to write what then takes the place of `path` in one step: readers meet the old file or the new one.
-
-    InputError when it cannot be written, say on a full disk; nothing half written is left behind then.
-    """
-    path = Path(path)
-    part = path.with_name(f"{path.name}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield part
-        part.replace(path)
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch reports a full disk as a RuntimeError
-        raise InputError(f"cannot write {path}, perhaps for want of room ({error}); what stood there before is kept"
-                         ) from None
-    finally:
-        part.unlink(missing_ok=True)
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # The ViT block, shared by encoder and decoder
 # ----------------------------------------------------------------------------------------------------------------------
-
-
-def check_fields(config, at_least_1=()):
-    """InputError for a field of a config that no model could have: a config.json may hold anything.
-
-    at_least_1: names of whole numbers that must not be 0.
-    """
-    for entry in fields(config):
-        name, value, kind = entry.name, getattr(config, entry.name), entry.type
-        if kind is int:
-            good = type(value) is int and (name in at_least_1) <= value <= (1000 if name == "depth" else 2**24)
-        elif kind is float:
-            good = type(value) in (int, float) and 0 <= value <= 1e12
-        elif kind is tuple:
-            good = len(value) == 3 and all(type(x) in (int, float) and abs(x) <= 1e12 for x in value)
-        else:
-            good = isinstance(value, kind)
-        if not good:
-            raise InputError(f"{name} is {value!r}")
 
 
 @dataclass
@@ -188,7 +151,7 @@ class Block(nn.Module):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Section 3.2, "VFMs as Unified Encoder": a pretrained vision transformer E
+# Section 3.2, "VFMs as Unified Encoder": a pretrained vision transformer E; `load_encoder` (below) reads it
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -258,280 +221,8 @@ class Encoder(nn.Module):
         return x[:, self.config.class_token + self.config.registers:]  # (B, N, d)
 
 
-# What checkpoints call the parts of our Encoder; {} stands for query, key or value where they are kept apart.
-HUB_NAMES = (
-    # ours, DINOv2, SigLIP and CLIP, InternViT by OpenGVLab, InternViT by transformers
-    ("cls_token", "embeddings.cls_token", "embeddings.class_embedding", "embeddings.class_embedding",
-     "embeddings.cls_token"),
-    ("registers", "embeddings.register_tokens", "", "", ""),
-    ("positions", "embeddings.position_embeddings", "embeddings.position_embedding.weight",
-     "embeddings.position_embedding", "embeddings.position_embeddings"),
-    ("patch_embed.", "embeddings.patch_embeddings.projection.", "embeddings.patch_embedding.",
-     "embeddings.patch_embedding.", "embeddings.patch_embeddings.projection."),
-    ("pre_norm.", "", "pre_layrnorm.", "", ""),
-    ("norm.", "layernorm.", "post_layernorm.", "", ""),
-    ("blocks.", "encoder.layer.", "encoder.layers.", "encoder.layers.", "encoder.layer."),
-    ("norm1.", "norm1.", "layer_norm1.", "norm1.", "layernorm_before."),
-    ("norm2.", "norm2.", "layer_norm2.", "norm2.", "layernorm_after."),
-    ("attention.qkv.", "attention.attention.{}.", "self_attn.{}_proj.", "attn.qkv.", "attention.{}_proj."),
-    ("attention.out.", "attention.output.dense.", "self_attn.out_proj.", "attn.proj.", "attention.projection_layer."),
-    ("mlp.0.", "mlp.fc1.", "mlp.fc1.", "mlp.fc1.", "mlp.fc1."),
-    ("mlp.2.", "mlp.fc2.", "mlp.fc2.", "mlp.fc2.", "mlp.fc2."),
-    ("scale1", "layer_scale1.lambda1", "", "ls1", "lambda_1"),
-    ("scale2", "layer_scale2.lambda1", "", "ls2", "lambda_2"),
-)
-
-# By the model_type of the vision config: the column of HUB_NAMES, the transformers class, what config.json need not say
-# (hub configs leave out what transformers has as default), and what of ViTConfig is the family's.
-FAMILIES = {
-    "dinov2": (1, "Dinov2Model", {}, {}),
-    "dinov2_with_registers": (1, "Dinov2WithRegistersModel", {"num_register_tokens": 4}, {"antialias": True}),
-    "siglip_vision_model": (2, "SiglipVisionModel", {
-        "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072,
-        "image_size": 224, "patch_size": 16, "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6,
-    }, {"layer_scale": False, "class_token": False, "mean": (0.5,) * 3, "std": (0.5,) * 3}),
-    "clip_vision_model": (2, "CLIPVisionModel", {
-        "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072,
-        "image_size": 224, "patch_size": 32, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5,
-    }, {"layer_scale": False, "patch_bias": False, "pre_norm": True, "final_norm": "class",
-        "mean": (0.48145466, 0.4578275, 0.40821073), "std": (0.26862954, 0.26130258, 0.27577711)}),
-    "intern_vit_6b": (3, "InternVisionModel", {}, {"final_norm": "none"}),  # so called in the 300M's config too
-    "internvl_vision": (4, "InternVLVisionModel", {"hidden_act": "gelu"}, {"final_norm": "none"}),
-}
-
-
-def hub_names(name, column):
-    """What checkpoints of a column of HUB_NAMES call our parameter `name`: one name, or those of its three parts."""
-    for row in HUB_NAMES:
-        ours, theirs = row[0], row[column]
-        if name.startswith(ours):
-            name = theirs + name[len(ours):]
-        elif name.startswith(("encoder.layer", "blocks.")):  # inside a block
-            name = name.replace(f".{ours}", f".{theirs}")
-    parts = ("query", "key", "value") if column == 1 else ("q", "k", "v")
-    return [name.format(part) for part in parts] if "{}" in name else [name]
-
-
-def save_encoder(encoder, folder, dtype=torch.float32):
-    """Write an Encoder as a checkpoint of its family, which `load_encoder` and transformers' own class both read.
-
-    InternViT is written in the names of transformers' InternVLVisionModel, whichever names it came with.
-    """
-    config, folder = encoder.config, Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    family = "internvl_vision" if config.family == "intern_vit_6b" else config.family
-    column, class_name, _, _ = FAMILIES[family]
-    hub_config = {
-        "architectures": [class_name], "model_type": family, "image_size": config.image_size,
-        "patch_size": config.patch_size, "hidden_size": config.width, "num_hidden_layers": config.depth,
-        "num_attention_heads": config.heads, "hidden_act": config.activation, "layer_norm_eps": config.layer_norm_eps,
-    }
-    if column == 1:
-        hub_config.update(mlp_ratio=config.mlp_width // config.width, qkv_bias=True, use_swiglu_ffn=False,
-                          use_mask_token=False)
-    else:
-        hub_config.update(intermediate_size=config.mlp_width)
-    if config.registers:
-        hub_config.update(num_register_tokens=config.registers)
-    if family == "siglip_vision_model":
-        hub_config.update(vision_use_head=False)  # the pooling head is no part of Z_I
-    if family == "internvl_vision":
-        hub_config.update(attention_bias=True, use_qk_norm=False, use_mean_pooling=True, norm_type="layer_norm")
-    statistics = {"image_processor_type": "BitImageProcessor", "image_mean": config.mean, "image_std": config.std,
-                  "size": {"shortest_edge": config.image_size},
-                  "crop_size": {"height": config.image_size, "width": config.image_size}}
-    weights = {}
-    for name, tensor in encoder.state_dict().items():
-        theirs = hub_names(name, column)
-        if column == 2:
-            theirs = [f"vision_model.{name}" for name in theirs]  # as on the hub; transformers before 5 needs it
-        if column == 2 and name in ("cls_token", "positions"):
-            tensor = tensor[0, 0] if name == "cls_token" else tensor[0]  # (d,), (N, d): they come without a batch
-        weights.update(zip(theirs, (piece.to(dtype).contiguous() for piece in tensor.chunk(len(theirs)))))
-    if config.family == "dinov2_with_registers":
-        weights["embeddings.mask_token"] = torch.zeros(1, config.width, dtype=dtype)  # its class insists on one
-    (folder / "config.json").write_text(json.dumps(hub_config, indent=2) + "\n")
-    (folder / "preprocessor_config.json").write_text(json.dumps(statistics, indent=2) + "\n")
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-
-
-def read_json(path):
-    """The parsed JSON file; InputError names the path when it is missing or damaged."""
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not valid JSON: {error}") from None
-
-
-def read_config(path):
-    """The JSON object in a file, as a dict; InputError when it is missing, damaged or something else."""
-    config = read_json(path)
-    if not isinstance(config, dict):
-        raise InputError(f"{path} holds no JSON object, which it should")
-    return config
-
-
-def read_safetensors(path):
-    """The tensors of a safetensors file by name; InputError names the path when it is missing or damaged."""
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"cannot read the weights in {path}: {error}") from None
-
-
-def read_checkpoint(folder):
-    """All tensors of a hub folder by name, from model.safetensors or from the shards that its index names."""
-    index = folder / "model.safetensors.index.json"
-    if not index.exists():
-        return read_safetensors(folder / "model.safetensors")
-    shards = read_config(index).get("weight_map")
-    if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
-        raise InputError(f"{index} has no weight_map, which names the file of each tensor")
-    weights = {}
-    for name in sorted(set(shards.values())):
-        if Path(name).name != name:
-            raise InputError(f"{index} names the file {name!r}, which is not in its folder")
-        weights.update(read_safetensors(folder / name))
-    return weights
-
-
-def check_weights(expected, weights, path):
-    """InputError names the first tensor that is missing among the weights, or is not as the expected one."""
-    for name, tensor in expected.items():
-        if name not in weights:
-            raise InputError(f"{path} has no tensor {name!r}, so it does not fit its config.json")
-        if weights[name].shape != tensor.shape:
-            expected, found = tuple(tensor.shape), tuple(weights[name].shape)
-            raise InputError(f"{path}: tensor {name!r} has shape {found} where config.json asks for {expected}")
-        if weights[name].dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
-            raise InputError(f"{path}: tensor {name!r} is of type {weights[name].dtype}, which is not read here")
-        if not weights[name].isfinite().all():
-            raise InputError(f"{path}: tensor {name!r} has values that are no numbers, so it is damaged")
-
-
-def save_model(model, folder):
-    """Write config.json and model.safetensors, each replaced in one step."""
-    folder = Path(folder)
-    weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    with replacing(folder / "config.json") as config_part, replacing(folder / "model.safetensors") as weights_part:
-        config_part.write_text(json.dumps(asdict(model.config), indent=2) + "\n")
-        save_file(weights, weights_part)
-
-
-def load_model(folder, kind, maker, build):
-    """The model that `save_model` wrote, built from its config.json by `build`, in eval mode.
-
-    `kind` and `maker` say, in the InputError about a missing or damaged folder, what it should be and what makes one.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise InputError(f"no model at {folder}: the folder does not exist; python train.py {maker}")
-    saved = read_json(folder / "config.json")
-    try:
-        with torch.device("meta"):  # sizes without memory: config.json may ask for more than there is
-            expected = build(saved).state_dict()
-    except (KeyError, TypeError, InputError, RuntimeError) as error:  # the last for sizes that no memory has
-        raise InputError(f"{folder}/config.json does not describe a {kind}: {str(error).splitlines()[0]}") from None
-    weights = read_safetensors(folder / "model.safetensors")
-    check_weights(expected, weights, folder / "model.safetensors")
-    model = build(saved)
-    model.load_state_dict({name: weights[name] for name in expected})
-    return model.eval()
-
-
-def hub_folder(source):
-    """A local folder as it is, or a download of the hub's model of this name; InputError says why there is none."""
-    folder = Path(source)
-    if not folder.is_dir():
-        from huggingface_hub import snapshot_download
-
-        try:
-            folder = Path(snapshot_download(str(source), allow_patterns=["*.json", "*.safetensors"]))
-        except Exception as error:  # offline, no such id, no permission: huggingface_hub has many ways to say no
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise InputError(f"no model at {source!r}: not a folder, and the hub says: {reason}") from None
-    return folder
-
-
-def load_encoder(source):
-    """Load a vision encoder of FAMILIES: a folder in the hub's layout or a hub id, alone or inside a larger model.
-
-    A folder of a trained VQRAE gives the encoder inside it. Returns an Encoder in eval mode and float32. Raises
-    InputError when the source cannot be had or does not fit.
-    """
-    folder = hub_folder(source)
-    hub = read_config(folder / "config.json")
-    if "codebook_dim" in hub:
-        return load_model(folder, "VQRAE", "--stage 1 makes one", lambda saved: nn.ModuleDict(
-            {"encoder": Encoder(ViTConfig(**saved["encoder"]))}))["encoder"]
-    config, expected = read_vit_config(hub, folder)
-    column, weights = FAMILIES[config.family][0], {}
-    # Inside a larger model the encoder's names have a prefix, and so has everything else another one.
-    theirs = {re.sub(r"^(model\.)?((vision_model|vision_tower)\.)*", "", name): tensor
-              for name, tensor in read_checkpoint(folder).items()}
-    if column == 1:  # recent versions of transformers have other names for DINOv2 in memory; someone may have kept them
-        for new, old in (("q_proj", "attention.query"), ("k_proj", "attention.key"), ("v_proj", "attention.value"),
-                         ("o_proj", "output.dense")):
-            theirs = {name.replace(f"attention.{new}", f"attention.{old}"): tensor for name, tensor in theirs.items()}
-    for name, ours in expected.items():
-        names = hub_names(name, column)
-        missing = [part for part in names if part not in theirs]
-        if missing:
-            raise InputError(f"the weights in {folder} have no tensor {missing[0]!r}")
-        if any(theirs[part].shape[1:] != theirs[names[0]].shape[1:] or not theirs[part].dim() for part in names):
-            raise InputError(f"the weights in {folder}: tensors {', '.join(map(repr, names))} do not fit together")
-        weights[name] = torch.cat([theirs[part].float() for part in names])
-        if name in ("cls_token", "positions") and weights[name].numel() == ours.numel():
-            weights[name] = weights[name].reshape(ours.shape)  # some families store them without the batch dimension
-    check_weights(expected, weights, folder)
-    encoder = Encoder(config)
-    encoder.load_state_dict(weights)
-    return encoder.eval()
-
-
-def read_vit_config(hub, folder):
-    """The ViTConfig that config.json, as a dict, and preprocessor_config.json describe, and its encoder's tensors.
-
-    The tensors are sizes without memory, as in `load_model`. Raises InputError when the files make no sense.
-    """
-    hub = hub.get("vision_config", hub)  # SigLIP and CLIP come with their text half, InternViT with a language model
-    kind = hub.get("model_type") if isinstance(hub, dict) else hub
-    if not isinstance(kind, str) or kind not in FAMILIES:
-        raise InputError(f"{folder}/config.json is of type {kind!r}; this loader reads {', '.join(FAMILIES)}")
-    _, _, defaults, traits = FAMILIES[kind]
-    hub = {**defaults, **hub}
-    if (hub.get("use_swiglu_ffn") or hub.get("use_qk_norm") or hub.get("qk_normalization")
-            or hub.get("norm_type") == "rms_norm" or str(hub.get("hidden_act")) not in ACTIVATIONS):
-        raise InputError(f"{folder}/config.json asks for SwiGLU, q/k norms, RMSNorm or an activation other than "
-                         f"{', '.join(ACTIVATIONS)}, as the largest models of these families have; none of it is here")
-    statistics = folder / "preprocessor_config.json"
-    statistics = read_config(statistics) if statistics.exists() else {}
-    try:
-        sides = [hub[name][0] if isinstance(hub[name], list) else hub[name] for name in ("image_size", "patch_size")]
-        config = ViTConfig(
-            image_size=sides[0],
-            patch_size=sides[1],
-            width=hub["hidden_size"],
-            depth=hub["num_hidden_layers"],
-            heads=hub["num_attention_heads"],
-            mlp_width=hub.get("intermediate_size") or int(hub["hidden_size"] * hub["mlp_ratio"]),
-            **{**traits, "family": kind, "activation": hub["hidden_act"], "layer_norm_eps": hub["layer_norm_eps"],
-               "registers": hub.get("num_register_tokens", 0) if kind == "dinov2_with_registers" else 0,
-               "mean": tuple(statistics.get("image_mean") or traits.get("mean", ViTConfig.mean)),
-               "std": tuple(statistics.get("image_std") or traits.get("std", ViTConfig.std))})
-        with torch.device("meta"):
-            return config, Encoder(config).state_dict()
-    except KeyError as error:
-        raise InputError(f"{folder}/config.json lacks {error}") from None
-    except (IndexError, TypeError, ValueError, OverflowError, RuntimeError) as error:
-        raise InputError(f"{folder}/config.json or preprocessor_config.json does not describe an encoder: "
-                         f"{str(error).splitlines()[0]}") from None
-
-
 # ----------------------------------------------------------------------------------------------------------------------
-# Section 3.2, "High Dimensional VQ": Eq. 1 and Eq. 3
+# Section 3.2, "High Dimensional VQ", and Section 3.3: Eq. 1 and Eq. 3
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -557,7 +248,7 @@ class VectorQuantizer(nn.Module):
         return self.project(F.embedding(indices, self.codebook))  # codebook[indices], its gradient summed in order
 
     @torch.no_grad()
-    def search(self, z, code_chunk=2048, token_chunk=4096):
+    def search(self, z, code_chunk=2048, token_chunk=2048):
         """Eq. 1: the index of the nearest code in Euclidean distance for each vector, z (n, e) -> (n,) int64.
 
         Codes and tokens pass by in chunks, so memory does not grow with n * K, and no graph is built over the codes
@@ -872,7 +563,7 @@ class VQRAE(nn.Module):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Section 3.2, "Two-Stage Training": the losses, Eq. 2 and Eq. 4 to 6
+# Section 3.2, "Two-Stage Training": the losses. Stage 1, Eq. 2 and Eq. 4
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -975,6 +666,44 @@ def stage1_loss(images, out, perceptual, perceptual_weight=1.1, quantizer_weight
     return loss, terms | {"codebook": out.codebook_loss, "commitment": out.commitment_loss}
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# Section 3.2, "Two-Stage Training": the losses. Stage 2, Eq. 5 and Eq. 6, with the adversarial term of Eq. 2
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def distillation_loss(features, teacher_features):
+    """Eq. 5: how far the features Z_I (B, N, d) are from T(X), the frozen teacher's of the same images -> scalar.
+
+    The mean over elements; the sum that Eq. 5 writes would outweigh all other terms by the width of the encoder.
+    """
+    return F.mse_loss(features.float(), teacher_features.float())
+
+
+def hinge_loss(real, fake):
+    """The discriminator's hinge loss on logits of any shape -> scalar: real ones above 1 and fake ones below -1."""
+    return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
+
+
+def lecam_penalty(real, fake, real_average, fake_average):
+    """LeCam (Tseng et al. 2021): real logits should not rise far above the running average of fake ones, nor the other
+    way round, which keeps a discriminator from winning outright when data are few. Logits of any shape -> scalar."""
+    return F.relu(real.mean() - fake_average).pow(2) + F.relu(real_average - fake.mean()).pow(2)
+
+
+class BlurHalf(nn.Module):
+    """Half the size without aliasing: the binomial filter 1 3 3 1 in both directions, every second pixel kept."""
+
+    def __init__(self, channels):
+        super().__init__()
+        taps = torch.tensor([1.0, 3.0, 3.0, 1.0]) / 8
+        self.register_buffer("taps", taps.outer(taps).expand(channels, 1, 4, 4).contiguous(), persistent=False)
+
+    def forward(self, x):
+        height, width = x.shape[-2:]
+        x = F.pad(x, (1, 1 + width % 2, 1, 1 + height % 2))
+        return F.conv2d(x, self.taps, stride=2, groups=x.shape[1])  # (B, C, ceil(H/2), ceil(W/2))
+
+
 class Discriminator(nn.Module):
     """The patch discriminator behind Eq. 2's L_G: images (B, 3, H, W) in [0, 1] -> logits (B, 1, 16, 16), high is real.
 
@@ -1018,39 +747,6 @@ class Discriminator(nn.Module):
         return hinge + lecam_weight * lecam, {"hinge": hinge, "real_logit": means[0], "fake_logit": means[1]}
 
 
-class BlurHalf(nn.Module):
-    """Half the size without aliasing: the binomial filter 1 3 3 1 in both directions, every second pixel kept."""
-
-    def __init__(self, channels):
-        super().__init__()
-        taps = torch.tensor([1.0, 3.0, 3.0, 1.0]) / 8
-        self.register_buffer("taps", taps.outer(taps).expand(channels, 1, 4, 4).contiguous(), persistent=False)
-
-    def forward(self, x):
-        height, width = x.shape[-2:]
-        x = F.pad(x, (1, 1 + width % 2, 1, 1 + height % 2))
-        return F.conv2d(x, self.taps, stride=2, groups=x.shape[1])  # (B, C, ceil(H/2), ceil(W/2))
-
-
-def hinge_loss(real, fake):
-    """The discriminator's hinge loss on logits of any shape -> scalar: real ones above 1 and fake ones below -1."""
-    return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
-
-
-def lecam_penalty(real, fake, real_average, fake_average):
-    """LeCam (Tseng et al. 2021): real logits should not rise far above the running average of fake ones, nor the other
-    way round, which keeps a discriminator from winning outright when data are few. Logits of any shape -> scalar."""
-    return F.relu(real.mean() - fake_average).pow(2) + F.relu(real_average - fake.mean()).pow(2)
-
-
-def distillation_loss(features, teacher_features):
-    """Eq. 5: how far the features Z_I (B, N, d) are from T(X), the frozen teacher's of the same images -> scalar.
-
-    The mean over elements; the sum that Eq. 5 writes would outweigh all other terms by the width of the encoder.
-    """
-    return F.mse_loss(features.float(), teacher_features.float())
-
-
 def stage2_loss(images, out, perceptual, perceptual_weight=1.1, quantizer_weight=1.0, generator=None,
                 teacher_features=None, distillation_weight=1.0, discriminator=None, adversarial_weight=0.1):
     """Eq. 6, L_stage2 = l2 + 1.1 L_P + 0.1 L_G + L_quant + L_distill, and its terms as a dict of scalars.
@@ -1071,7 +767,7 @@ def stage2_loss(images, out, perceptual, perceptual_weight=1.1, quantizer_weight
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Section 3.5, "Visual Generation with VQRAE": Qwen3 predicts codes one after the other
+# Sections 3.4 and 3.5: one language model for both, Qwen3's transformer over text and visual codes
 # ----------------------------------------------------------------------------------------------------------------------
 
 # Between a text and its image, and behind a text that ends; named as in Qwen3's own tokenizer.json, which has both.
@@ -1088,22 +784,6 @@ def train_text_tokenizer(texts, size):
     tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
         vocab_size=size, special_tokens=[END_OF_TEXT, START_OF_IMAGE], show_progress=False,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())))
-    return tokenizer
-
-
-def load_text_tokenizer(path, vocabulary):
-    """The tokenizer in a tokenizer.json; InputError when it is missing or damaged, or lacks our two special tokens, or
-    has more tokens than the text part of the vocabulary has rows.
-    """
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises plain Exceptions
-        raise InputError(f"cannot read the text tokenizer {path}: {error}") from None
-    for token in (START_OF_IMAGE, END_OF_TEXT):
-        if tokenizer.token_to_id(token) is None:
-            raise InputError(f"the text tokenizer {path} has no token {token}")
-    if max(tokenizer.get_vocab().values()) >= vocabulary:
-        raise InputError(f"the text tokenizer {path} has more tokens than the {vocabulary} of its model's config.json")
     return tokenizer
 
 
@@ -1239,6 +919,21 @@ class CausalBlock(nn.Module):
         x = x + self.attention(self.norm1(x), *where)  # (B, n, d)
         gate, up = products(self.norm2(x), self.gate, self.up)  # (B, n, mlp_width)
         return x + self.down(F.silu(gate) * up)  # (B, n, d)
+
+
+def choose(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
+    """Draw one of K by logits (B, K) -> (B,), among the top_k likeliest (0: all) and the fewest that make up top_p."""
+    if temperature < 1e-6:  # divided by less, logits would be no numbers
+        return logits.argmax(1)
+    logits = logits / temperature
+    if 0 < top_k < logits.shape[1]:
+        logits = logits.masked_fill(logits < logits.topk(top_k, dim=1).values[:, -1:], -torch.inf)
+    if top_p < 1:
+        ordered, order = logits.softmax(1).sort(dim=1, descending=True)
+        drop = ordered.cumsum(1) - ordered >= top_p  # what stands before it is enough already
+        logits = logits.masked_fill(torch.zeros_like(drop).scatter(1, order, drop), -torch.inf)
+    draw = torch.multinomial(logits.softmax(1).cpu(), 1, generator=generator)[:, 0]  # on the CPU: one seed, one picture
+    return draw.to(logits.device)
 
 
 class VisualLM(nn.Module):
@@ -1391,133 +1086,8 @@ class VisualLM(nn.Module):
         return model
 
 
-# How pictures are drawn unless one asks for something else, chosen by measurement for the tiny preset: more guidance or
-# heat makes pictures more varied and less like what was asked for; the likeliest codes alone leave some pages blank.
-SAMPLING = {"cfg_scale": 1.25, "temperature": 0.2}
-
-
-def misread(codes, most, generator):
-    """Codes (B, N) with some replaced by other codes of the batch: in each image its own share, up to `most`.
-
-    An image of a small set is known by its first codes. A transformer that reads them as they are may learn to go on
-    from there, by heart, and have no use for the caption; once it writes, its first slip leads it to another image or
-    to none. One that may not trust what it reads learns what the caption says about every place. The README compares.
-    """
-    share = most * torch.rand(len(codes), 1, generator=generator)  # (B, 1)
-    others = codes.flatten()[torch.randperm(codes.numel(), generator=generator)].view_as(codes)  # (B, N)
-    return torch.where(torch.rand(codes.shape, generator=generator) < share, others, codes)
-
-
-def choose(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
-    """Draw one of K by logits (B, K) -> (B,), among the top_k likeliest (0: all) and the fewest that make up top_p."""
-    if temperature < 1e-6:  # divided by less, logits would be no numbers
-        return logits.argmax(1)
-    logits = logits / temperature
-    if 0 < top_k < logits.shape[1]:
-        logits = logits.masked_fill(logits < logits.topk(top_k, dim=1).values[:, -1:], -torch.inf)
-    if top_p < 1:
-        ordered, order = logits.softmax(1).sort(dim=1, descending=True)
-        drop = ordered.cumsum(1) - ordered >= top_p  # what stands before it is enough already
-        logits = logits.masked_fill(torch.zeros_like(drop).scatter(1, order, drop), -torch.inf)
-    draw = torch.multinomial(logits.softmax(1).cpu(), 1, generator=generator)[:, 0]  # on the CPU: one seed, one picture
-    return draw.to(logits.device)
-
-
-def qwen3_name(name):
-    """The name that Qwen3 checkpoints on the hub use for our parameter `name`."""
-    for ours, theirs in (("embedding.", "embed_tokens."), ("blocks.", "layers."),
-                         ("attention.q_norm", "self_attn.q_norm"), ("attention.k_norm", "self_attn.k_norm"),
-                         ("attention.out.", "self_attn.o_proj."),
-                         ("attention.q.", "self_attn.q_proj."), ("attention.k.", "self_attn.k_proj."),
-                         ("attention.v.", "self_attn.v_proj."), ("norm1.", "input_layernorm."),
-                         ("norm2.", "post_attention_layernorm."), (".gate.", ".mlp.gate_proj."),
-                         (".up.", ".mlp.up_proj."), (".down.", ".mlp.down_proj.")):
-        name = name.replace(ours, theirs)
-    return "model." + name
-
-
-def load_qwen3(source, codebook_size, image_tokens=0):
-    """A VisualLM from a Qwen3 checkpoint, a folder in the hub's layout or a hub id, with rows for K codes appended.
-
-    All rows of the text embedding stay, padding included, so code k is token vocab_size + k. The new rows start as
-    Qwen3's own did, N(0, 0.02^2). Its text tokenizer comes along. Raises InputError when the source cannot be had or
-    is no Qwen3 with tied embeddings.
-    """
-    folder = hub_folder(source)
-    hub = read_config(folder / "config.json")
-    if hub.get("model_type") != "qwen3" or not hub.get("tie_word_embeddings") or hub.get("attention_bias"):
-        raise InputError(f"{folder}/config.json is of type {hub.get('model_type')!r}; this loader reads dense Qwen3 "
-                         "with tied embeddings, such as Qwen/Qwen3-0.6B")
-    try:
-        config = LMConfig(
-            text_vocabulary=hub["vocab_size"], codebook_size=codebook_size, width=hub["hidden_size"],
-            depth=hub["num_hidden_layers"], heads=hub["num_attention_heads"], kv_heads=hub["num_key_value_heads"],
-            head_width=hub["head_dim"], mlp_width=hub["intermediate_size"], image_tokens=image_tokens,
-            rope_theta=hub.get("rope_theta") or hub["rope_parameters"]["rope_theta"], norm_eps=hub["rms_norm_eps"])
-        with torch.device("meta"):  # sizes without memory, as in `load_model`
-            expected = VisualLM(replace(config, codebook_size=0)).state_dict()
-    except KeyError as error:
-        raise InputError(f"{folder}/config.json lacks {error}") from None
-    except (TypeError, InputError, RuntimeError) as error:
-        raise InputError(f"{folder}/config.json does not describe a Qwen3: {str(error).splitlines()[0]}") from None
-    weights = read_checkpoint(folder)
-    ours = {name: weights[qwen3_name(name)].float() for name in expected if qwen3_name(name) in weights}
-    check_weights(expected, ours, folder)
-    model = VisualLM(config)
-    codes = model.embedding.weight.detach()[config.text_vocabulary:]
-    ours["embedding.weight"] = torch.cat([ours["embedding.weight"], codes])
-    model.load_state_dict(ours)
-    if (folder / "tokenizer.json").exists():
-        model.text = load_text_tokenizer(folder / "tokenizer.json", config.text_vocabulary)
-    return model.eval()
-
-
-def caption_of(record, style=True):
-    """What an image is asked for by: its style, if wanted, and caption, or the name of its class; "" for neither."""
-    words = record.get("caption") or record.get("category", "").replace("_", " ")
-    return f"{record['style']} {words}" if style and "style" in record else words
-
-
-# Of emoji that are called so, on average: hue, in turns of the colour wheel, and how far apart red, green and blue are.
-COLOURS = {"red": (0.99, 158), "orange": (0.08, 199), "yellow": (0.13, 169), "green": (0.27, 102),
-           "blue": (0.57, 155), "purple": (0.76, 105)}
-
-
-def turn_colour(image, old, new):
-    """An image (1, 3, H, W) uint8 with the hue of `old` turned to `new`, two of COLOURS, and as strong as that is."""
-    turn = COLOURS[new][0] - COLOURS[old][0]
-    image = pixels.adjust_hue(image, (turn + 0.5) % 1 - 0.5)
-    spread = (image.amax(1) - image.amin(1)).float()  # (1, H, W)
-    strength = spread[spread > 40].mean().item()  # nan where all is grey
-    return pixels.adjust_saturation(image, max(1.0, COLOURS[new][1] / strength))
-
-
-@torch.no_grad()
-def recolour(model, images, places, device="cpu"):
-    """Images in other colours than their own: their codes (n, N) and records, such as a green apple's as "red apple".
-
-    Of an ImageSet, those of `places` whose caption begins with one of COLOURS; no caption that others of them have. In
-    a small set a colour is seen on a few things only, and so its word comes to mean those things.
-    """
-    records = [images.records[place] for place in places]
-    known, codes, found = {caption_of(record) for record in records}, [], []
-    for place, record in zip(places, records):
-        colour, _, thing = record.get("caption", "").partition(" ")
-        if colour not in COLOURS or not thing:
-            continue
-        [image] = images.batches([place], 1)  # (1, 3, H, W)
-        for other in COLOURS:
-            new = {**record, "caption": f"{other} {thing}"}
-            if caption_of(new) not in known:
-                known.add(caption_of(new))
-                found.append(new)
-                turned = turn_colour(image, colour, other)
-                codes.append(model.encode(turned.to(device).float() / 255)[1].cpu())
-    return torch.cat(codes) if codes else None, found
-
-
 # ----------------------------------------------------------------------------------------------------------------------
-# Section 3.4, "Multimodal Understanding with VQRAE": the same transformer reads continuous features and writes text
+# Section 3.4, "Multimodal Understanding with VQRAE": it reads continuous features and writes text
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -1602,7 +1172,72 @@ def text_of(record):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Metrics
+# Section 3.5, "Visual Generation with VQRAE": it reads text and writes codes; how it is trained and asked
+# ----------------------------------------------------------------------------------------------------------------------
+
+# How pictures are drawn unless one asks for something else, chosen by measurement for the tiny preset: more guidance or
+# heat makes pictures more varied and less like what was asked for; the likeliest codes alone leave some pages blank.
+SAMPLING = {"cfg_scale": 1.25, "temperature": 0.2}
+
+
+def misread(codes, most, generator):
+    """Codes (B, N) with some replaced by other codes of the batch: in each image its own share, up to `most`.
+
+    An image of a small set is known by its first codes. A transformer that reads them as they are may learn to go on
+    from there, by heart, and have no use for the caption; once it writes, its first slip leads it to another image or
+    to none. One that may not trust what it reads learns what the caption says about every place. The README compares.
+    """
+    share = most * torch.rand(len(codes), 1, generator=generator)  # (B, 1)
+    others = codes.flatten()[torch.randperm(codes.numel(), generator=generator)].view_as(codes)  # (B, N)
+    return torch.where(torch.rand(codes.shape, generator=generator) < share, others, codes)
+
+
+def caption_of(record, style=True):
+    """What an image is asked for by: its style, if wanted, and caption, or the name of its class; "" for neither."""
+    words = record.get("caption") or record.get("category", "").replace("_", " ")
+    return f"{record['style']} {words}" if style and "style" in record else words
+
+
+# Of emoji that are called so, on average: hue, in turns of the colour wheel, and how far apart red, green and blue are.
+COLOURS = {"red": (0.99, 158), "orange": (0.08, 199), "yellow": (0.13, 169), "green": (0.27, 102),
+           "blue": (0.57, 155), "purple": (0.76, 105)}
+
+
+def turn_colour(image, old, new):
+    """An image (1, 3, H, W) uint8 with the hue of `old` turned to `new`, two of COLOURS, and as strong as that is."""
+    turn = COLOURS[new][0] - COLOURS[old][0]
+    image = pixels.adjust_hue(image, (turn + 0.5) % 1 - 0.5)
+    spread = (image.amax(1) - image.amin(1)).float()  # (1, H, W)
+    strength = spread[spread > 40].mean().item()  # nan where all is grey
+    return pixels.adjust_saturation(image, max(1.0, COLOURS[new][1] / strength))
+
+
+@torch.no_grad()
+def recolour(model, images, places, device="cpu"):
+    """Images in other colours than their own: their codes (n, N) and records, such as a green apple's as "red apple".
+
+    Of an ImageSet, those of `places` whose caption begins with one of COLOURS; no caption that others of them have. In
+    a small set a colour is seen on a few things only, and so its word comes to mean those things.
+    """
+    records = [images.records[place] for place in places]
+    known, codes, found = {caption_of(record) for record in records}, [], []
+    for place, record in zip(places, records):
+        colour, _, thing = record.get("caption", "").partition(" ")
+        if colour not in COLOURS or not thing:
+            continue
+        [image] = images.batches([place], 1)  # (1, 3, H, W)
+        for other in COLOURS:
+            new = {**record, "caption": f"{other} {thing}"}
+            if caption_of(new) not in known:
+                known.add(caption_of(new))
+                found.append(new)
+                turned = turn_colour(image, colour, other)
+                codes.append(model.encode(turned.to(device).float() / 255)[1].cpu())
+    return torch.cat(codes) if codes else None, found
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Section 4.1: metrics
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -1806,6 +1441,17 @@ def evaluate(model, images, batch_size=64, device="cpu", workers=0, frechet_enco
     return {"images": sum(map(len, scores["psnr"])), **result}
 
 
+@torch.no_grad()
+def pooled_features(encoder, images, side=None):
+    """Mean patch features (n, d) on the CPU of an iterable of float batches (B, 3, H, W) in [0, 1].
+
+    Images are resized to `side` pixels, or to those that the encoder was trained with.
+    """
+    side, device = side or encoder.config.image_size, next(encoder.parameters()).device
+    return torch.cat([encoder(F.interpolate(x.to(device), (side, side), mode="bicubic", antialias=True)).mean(1).cpu()
+                      for x in images])
+
+
 def nearest(features, gallery):
     """The most similar, in cosine, of the gallery's vectors (n, d) to each of the features (m, d) -> (m,).
 
@@ -1824,17 +1470,6 @@ def retrieval(found, records):
             for key in ("name", "category", "subcategory") if any(record.get(key) for record in found + records)}
 
 
-@torch.no_grad()
-def pooled_features(encoder, images, side=None):
-    """Mean patch features (n, d) on the CPU of an iterable of float batches (B, 3, H, W) in [0, 1].
-
-    Images are resized to `side` pixels, or to those that the encoder was trained with.
-    """
-    side, device = side or encoder.config.image_size, next(encoder.parameters()).device
-    return torch.cat([encoder(F.interpolate(x.to(device), (side, side), mode="bicubic", antialias=True)).mean(1).cpu()
-                      for x in images])
-
-
 def caption_accuracy(captioner, images, batch_size=64, device="cpu", workers=0):
     """Shares of an ImageSet's images whose caption the captioner writes exactly, and whose category."""
     text, right = captioner.lm.text, {"exact": 0, "category": 0}
@@ -1844,57 +1479,6 @@ def caption_accuracy(captioner, images, batch_size=64, device="cpu", workers=0):
             right["exact"] += said == wanted
             right["category"] += said.split(": ")[0] == wanted.split(": ")[0]
     return {name: count / len(images) for name, count in right.items()}
-
-
-@torch.no_grad()
-def image_codes(model, images, folder, batch_size=64, device="cpu", workers=0):
-    """The codes (n, N) of all images of an ImageSet, evaluation views, and the places (n,) of the readable ones in it.
-
-    They are kept in `folder`, in a file that is named after everything they depend on: model and images. So a change
-    of either makes them anew, and a stale file is never read. Nor is a damaged one.
-    """
-    path = Path(folder) / f"{codes_digest(model, images)[:32]}.safetensors"
-    try:
-        saved = read_safetensors(path)
-    except InputError:
-        write_codes(path, *codes_of(model, images, range(len(images)), batch_size, device, workers))
-        saved = read_safetensors(path)
-    return saved["codes"].long(), saved["places"]
-
-
-def codes_digest(model, images):
-    """SHA-256 of everything that the codes of an ImageSet depend on: model and images."""
-    digest = hashlib.sha256(json.dumps(asdict(model.config)).encode() + images.fingerprint().encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
-@torch.no_grad()
-def codes_of(model, images, keys, batch_size=64, device="cpu", workers=0):
-    """The codes (n, N) int32 of some images and their places (n,) in the set, without unreadable ones."""
-    codes, kept, asked = [], [], 0
-    for batch, places in images.batches(keys, batch_size, workers, indices=True):
-        own = [i for i, place in enumerate(places) if place == keys[asked + i]]  # no stand-in for an unreadable file
-        codes.append(model.encode(batch.to(device).float() / 255)[1].cpu()[own].int())
-        kept += [places[i] for i in own]
-        asked += len(places)
-    return torch.cat(codes), torch.tensor(kept)
-
-
-def write_codes(path, codes, places):
-    """Write codes and places in one step."""
-    with replacing(path) as part:
-        save_file({"codes": codes, "places": places}, part)
-
-
-@torch.no_grad()
-def count_codes(model, images, batch_size=64, device="cpu", workers=0):
-    """How often each code is chosen in one pass over an ImageSet, evaluation views -> (K,) int64."""
-    counts = torch.zeros(model.config.codebook_size, dtype=torch.int64)
-    for batch in images.batches(range(len(images)), batch_size, workers):
-        counts += model.count(model.encode(batch.to(device).float() / 255)[1]).cpu()
-    return counts
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1948,126 +1532,6 @@ def find_images(folder):
 def held_out(count):
     """The places, among so many, of validation images where nobody has chosen any: a twentieth, at random, not none."""
     return set(np.random.RandomState(0).permutation(count)[:max(1, count // 20)].tolist()) if count > 1 else set()
-
-
-# --- tar shards: in WebDataset's layout, files called alike up to the first dot of their name are one sample ---
-
-IMAGE_NAME = re.compile(r".*\.(jpg|jpeg|png|webp)", re.IGNORECASE | re.DOTALL)
-
-
-def decode_image(data, name):
-    """What read_image makes of a file with these bytes; JPEG goes through torchvision's decoder."""
-    if data.startswith(b"\xff\xd8"):
-        try:
-            encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-            return pixels.to_pil_image(decode_jpeg(encoded, ImageReadMode.RGB, apply_exif_orientation=True))
-        except RuntimeError:
-            pass  # PIL reads it after all, or has a sentence for it
-    return read_image(name, io.BytesIO(data))
-
-
-@functools.cache
-def map_file(path):
-    """A file's bytes as an array; what is looked at is read from disk."""
-    return np.memmap(path, np.uint8, "r")
-
-
-class Member(NamedTuple):
-    """A file inside a tar shard."""
-
-    shard: Path
-    name: str
-    offset: int
-    size: int
-
-    def __str__(self):
-        return f"{self.shard}/{self.name}"
-
-    def data(self):
-        return map_file(self.shard)[self.offset:self.offset + self.size].tobytes()
-
-
-def index_shard(path):
-    """Name, offset and size of each file in a tar shard, as a structured array; InputError for a damaged shard.
-
-    prepare.py leaves the array beside the shards it packs; others are searched from header to header.
-    """
-    try:
-        if path.with_suffix(".npy").exists():
-            rows = np.load(path.with_suffix(".npy"))  # does not unpickle
-        else:
-            with tarfile.open(path, "r:") as tar:
-                files = [(os.fsencode(file.name), file.offset_data, file.size) for file in tar if file.isfile()]
-            longest = max((len(name) for name, _, _ in files), default=1)
-            rows = np.array(files, dtype=[("name", f"S{longest}"), ("offset", "<i8"), ("size", "<i8")])
-        if (rows["offset"] + rows["size"]).max(initial=0) > path.stat().st_size:
-            raise ValueError("it is cut off")
-    except (OSError, EOFError, ValueError, IndexError, tarfile.TarError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise InputError(f"cannot read the shard {path} ({reason}): it must be fetched or packed again") from None
-    return rows
-
-
-def expand_braces(pattern):
-    """shards-{000..009}.tar stands for ten names, as everywhere in WebDataset."""
-    try:
-        from webdataset.shardlists import expand_urls
-    except ImportError:
-        raise InputError(f"{pattern} needs a package more: pip install webdataset") from None
-    try:
-        return expand_urls(pattern)
-    except ValueError as error:
-        raise InputError(f"{pattern} is no pattern of names: {error}") from None
-
-
-def find_shards(folder):
-    """The tar shards of a pattern or of a folder: those that its index.json names, or else all if no image is there."""
-    if not folder.is_dir():
-        pattern = str(folder)
-        return [Path(path) for path in (expand_braces(pattern) if "{" in pattern else [pattern])]
-    index = read_json(folder / "index.json") if (folder / "index.json").exists() else None
-    if isinstance(index, dict) and isinstance(index.get("shards"), list):
-        return [folder / str(name) for name in index["shards"]]
-    found = sorted(folder.glob("*.tar"))
-    return found if found and not any(IMAGE_NAME.fullmatch(path.name) for path in folder.iterdir()) else []
-
-
-class Shards:
-    """The images in tar shards, a sequence of Members. The index is in arrays, which worker processes share."""
-
-    def __init__(self, paths):
-        indices = [index_shard(path) for path in paths]
-        self.paths, self.rows = paths, np.concatenate(indices)
-        self.shard_of = np.repeat(np.arange(len(paths)), [len(index) for index in indices])
-        names = map(os.fsdecode, self.rows["name"].tolist())
-        self.images = np.flatnonzero([IMAGE_NAME.fullmatch(name) is not None for name in names])
-
-    def __len__(self):
-        return len(self.images)
-
-    def __getitem__(self, place):
-        return self.file(self.images[place])
-
-    def file(self, row):
-        name, offset, size = self.rows[row].tolist()
-        return Member(self.paths[self.shard_of[row]], os.fsdecode(name), offset, size)
-
-    def record(self, place):
-        """Name; category, the .cls or else the folder's name; caption, the .txt; where .json says them, .json's."""
-        def sample(file):
-            return file.shard, file.name[:file.name.find(".", file.name.rfind("/") + 1)]
-
-        image, row = self[place], self.images[place]
-        near = map(self.file, range(max(0, row - 3), min(row + 4, len(self.rows))))
-        texts = {file.name.rpartition(".")[2].lower(): file.data().decode(errors="replace").strip() for file in near
-                 if sample(file) == sample(image) and not IMAGE_NAME.fullmatch(file.name)}
-        try:
-            described = dict(json.loads(texts.get("json", "{}")))
-        except (ValueError, TypeError):  # it is no object
-            described = {}
-        found = {"category": texts.get("cls", Path(image.name).parent.name), "caption": texts.get("txt"), **described}
-        found = {key: str(found[key]) for key in ("category", "caption") if found[key] is not None}
-        return {"name": image.name, **found}
 
 
 class ImageSet(torch.utils.data.Dataset):
@@ -2230,6 +1694,220 @@ class ImageSet(torch.utils.data.Dataset):
             raise InputError(str(error).strip().splitlines()[-1].removeprefix("vqrae.InputError: ")) from None
 
 
+class TrainingOrder:
+    """Endless keys of training views: every epoch in a new random order, every view with a new seed.
+
+    Key number k depends on `seed` and k alone, so a resumed run needs no state of the loader to see the same images,
+    and each of several ranks takes every so manieth key without asking the others.
+    """
+
+    def __init__(self, count, seed, start, rank=0, ranks=1):
+        self.count, self.seed, self.start, self.rank, self.ranks = count, seed, start, rank, ranks
+
+    def __iter__(self):
+        position = self.start
+        while True:
+            epoch, done = divmod(position, self.count)
+            order = np.random.default_rng([self.seed, epoch]).permutation(self.count)
+            for index in order[done:].tolist():
+                if position % self.ranks == self.rank:
+                    yield index, (self.seed * 2**40 + position) % 2**63
+                position += 1
+
+
+def save_side_by_side(versions, path, columns=None, side=128):
+    """Write a PNG that shows every image in all its versions: originals, then one or more reconstructions of them.
+
+    versions: lists of as many images (3, H, W) in [0, 1]; `columns` such groups to a row, every image of `side` pixels.
+    """
+    columns = columns or max(1, 8 - len(versions))  # the more versions, the fewer groups, at about the same width
+    gap, margin = 4, 12
+    group = len(versions) * (side + gap) - gap + margin  # width of one image's versions
+    rows = -(-len(versions[0]) // columns)
+    canvas = Image.new("RGB", (columns * group + margin, rows * (side + margin) + margin), "#d0d0d0")
+    for i, images in enumerate(zip(*versions)):
+        for place, image in enumerate(images):
+            image = pixels.to_pil_image(eight_bits(image.cpu().float()))
+            whole = side % image.width == 0  # then every pixel can become a square of pixels
+            image = image.resize((side, side), Image.NEAREST if whole else Image.LANCZOS)
+            x = margin + i % columns * group + place * (side + gap)
+            canvas.paste(image, (x, margin + i // columns * (side + margin)))
+    canvas.save(path)
+
+
+@torch.no_grad()
+def count_codes(model, images, batch_size=64, device="cpu", workers=0):
+    """How often each code is chosen in one pass over an ImageSet, evaluation views -> (K,) int64."""
+    counts = torch.zeros(model.config.codebook_size, dtype=torch.int64)
+    for batch in images.batches(range(len(images)), batch_size, workers):
+        counts += model.count(model.encode(batch.to(device).float() / 255)[1]).cpu()
+    return counts
+
+
+@torch.no_grad()
+def codes_of(model, images, keys, batch_size=64, device="cpu", workers=0):
+    """The codes (n, N) int32 of some images and their places (n,) in the set, without unreadable ones."""
+    codes, kept, asked = [], [], 0
+    for batch, places in images.batches(keys, batch_size, workers, indices=True):
+        own = [i for i, place in enumerate(places) if place == keys[asked + i]]  # no stand-in for an unreadable file
+        codes.append(model.encode(batch.to(device).float() / 255)[1].cpu()[own].int())
+        kept += [places[i] for i in own]
+        asked += len(places)
+    return torch.cat(codes), torch.tensor(kept)
+
+
+def write_codes(path, codes, places):
+    """Write codes and places in one step."""
+    with replacing(path) as part:
+        save_file({"codes": codes, "places": places}, part)
+
+
+def codes_digest(model, images):
+    """SHA-256 of everything that the codes of an ImageSet depend on: model and images."""
+    digest = hashlib.sha256(json.dumps(asdict(model.config)).encode() + images.fingerprint().encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+@torch.no_grad()
+def image_codes(model, images, folder, batch_size=64, device="cpu", workers=0):
+    """The codes (n, N) of all images of an ImageSet, evaluation views, and the places (n,) of the readable ones in it.
+
+    They are kept in `folder`, in a file that is named after everything they depend on: model and images. So a change
+    of either makes them anew, and a stale file is never read. Nor is a damaged one.
+    """
+    path = Path(folder) / f"{codes_digest(model, images)[:32]}.safetensors"
+    try:
+        saved = read_safetensors(path)
+    except InputError:
+        write_codes(path, *codes_of(model, images, range(len(images)), batch_size, device, workers))
+        saved = read_safetensors(path)
+    return saved["codes"].long(), saved["places"]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Image data in tar shards, WebDataset's layout: files called alike up to the first dot of their name are one sample
+# ----------------------------------------------------------------------------------------------------------------------
+
+IMAGE_NAME = re.compile(r".*\.(jpg|jpeg|png|webp)", re.IGNORECASE | re.DOTALL)
+
+
+def decode_image(data, name):
+    """What read_image makes of a file with these bytes; JPEG goes through torchvision's decoder."""
+    if data.startswith(b"\xff\xd8"):
+        try:
+            encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+            return pixels.to_pil_image(decode_jpeg(encoded, ImageReadMode.RGB, apply_exif_orientation=True))
+        except RuntimeError:
+            pass  # PIL reads it after all, or has a sentence for it
+    return read_image(name, io.BytesIO(data))
+
+
+@functools.cache
+def map_file(path):
+    """A file's bytes as an array; what is looked at is read from disk."""
+    return np.memmap(path, np.uint8, "r")
+
+
+class Member(NamedTuple):
+    """A file inside a tar shard."""
+
+    shard: Path
+    name: str
+    offset: int
+    size: int
+
+    def __str__(self):
+        return f"{self.shard}/{self.name}"
+
+    def data(self):
+        return map_file(self.shard)[self.offset:self.offset + self.size].tobytes()
+
+
+def index_shard(path):
+    """Name, offset and size of each file in a tar shard, as a structured array; InputError for a damaged shard.
+
+    prepare.py leaves the array beside the shards it packs; others are searched from header to header.
+    """
+    try:
+        if path.with_suffix(".npy").exists():
+            rows = np.load(path.with_suffix(".npy"))  # does not unpickle
+        else:
+            with tarfile.open(path, "r:") as tar:
+                files = [(os.fsencode(file.name), file.offset_data, file.size) for file in tar if file.isfile()]
+            longest = max((len(name) for name, _, _ in files), default=1)
+            rows = np.array(files, dtype=[("name", f"S{longest}"), ("offset", "<i8"), ("size", "<i8")])
+        if (rows["offset"] + rows["size"]).max(initial=0) > path.stat().st_size:
+            raise ValueError("it is cut off")
+    except (OSError, EOFError, ValueError, IndexError, tarfile.TarError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"cannot read the shard {path} ({reason}): it must be fetched or packed again") from None
+    return rows
+
+
+def expand_braces(pattern):
+    """shards-{000..009}.tar stands for ten names, as everywhere in WebDataset."""
+    try:
+        from webdataset.shardlists import expand_urls
+    except ImportError:
+        raise InputError(f"{pattern} needs a package more: pip install webdataset") from None
+    try:
+        return expand_urls(pattern)
+    except ValueError as error:
+        raise InputError(f"{pattern} is no pattern of names: {error}") from None
+
+
+def find_shards(folder):
+    """The tar shards of a pattern or of a folder: those that its index.json names, or else all if no image is there."""
+    if not folder.is_dir():
+        pattern = str(folder)
+        return [Path(path) for path in (expand_braces(pattern) if "{" in pattern else [pattern])]
+    index = read_json(folder / "index.json") if (folder / "index.json").exists() else None
+    if isinstance(index, dict) and isinstance(index.get("shards"), list):
+        return [folder / str(name) for name in index["shards"]]
+    found = sorted(folder.glob("*.tar"))
+    return found if found and not any(IMAGE_NAME.fullmatch(path.name) for path in folder.iterdir()) else []
+
+
+class Shards:
+    """The images in tar shards, a sequence of Members. The index is in arrays, which worker processes share."""
+
+    def __init__(self, paths):
+        indices = [index_shard(path) for path in paths]
+        self.paths, self.rows = paths, np.concatenate(indices)
+        self.shard_of = np.repeat(np.arange(len(paths)), [len(index) for index in indices])
+        names = map(os.fsdecode, self.rows["name"].tolist())
+        self.images = np.flatnonzero([IMAGE_NAME.fullmatch(name) is not None for name in names])
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, place):
+        return self.file(self.images[place])
+
+    def file(self, row):
+        name, offset, size = self.rows[row].tolist()
+        return Member(self.paths[self.shard_of[row]], os.fsdecode(name), offset, size)
+
+    def record(self, place):
+        """Name; category, the .cls or else the folder's name; caption, the .txt; where .json says them, .json's."""
+        def sample(file):
+            return file.shard, file.name[:file.name.find(".", file.name.rfind("/") + 1)]
+
+        image, row = self[place], self.images[place]
+        near = map(self.file, range(max(0, row - 3), min(row + 4, len(self.rows))))
+        texts = {file.name.rpartition(".")[2].lower(): file.data().decode(errors="replace").strip() for file in near
+                 if sample(file) == sample(image) and not IMAGE_NAME.fullmatch(file.name)}
+        try:
+            described = dict(json.loads(texts.get("json", "{}")))
+        except (ValueError, TypeError):  # it is no object
+            described = {}
+        found = {"category": texts.get("cls", Path(image.name).parent.name), "caption": texts.get("txt"), **described}
+        found = {key: str(found[key]) for key in ("category", "caption") if found[key] is not None}
+        return {"name": image.name, **found}
+
+
 def open_images(data, split, size):
     """The ImageSet of a folder or pattern, or the ShardStream of a URL."""
     return (ShardStream if re.match(r"\w\w+:", data) else ImageSet)(data, split, size)
@@ -2299,49 +1977,388 @@ def stream_shard(url, draw=None):
         raise InputError(f"cannot read the shard {url}: {getattr(error, 'strerror', None) or error.args[0]}") from None
 
 
-class TrainingOrder:
-    """Endless keys of training views: every epoch in a new random order, every view with a new seed.
+# ----------------------------------------------------------------------------------------------------------------------
+# Checkpoints: our own, and those of the hub
+# ----------------------------------------------------------------------------------------------------------------------
 
-    Key number k depends on `seed` and k alone, so a resumed run needs no state of the loader to see the same images,
-    and each of several ranks takes every so manieth key without asking the others.
+
+@contextmanager
+def replacing(path):
+    """A path to write what then takes the place of `path` in one step: readers meet the old file or the new one.
+
+    InputError when it cannot be written, say on a full disk; nothing half written is left behind then.
     """
-
-    def __init__(self, count, seed, start, rank=0, ranks=1):
-        self.count, self.seed, self.start, self.rank, self.ranks = count, seed, start, rank, ranks
-
-    def __iter__(self):
-        position = self.start
-        while True:
-            epoch, done = divmod(position, self.count)
-            order = np.random.default_rng([self.seed, epoch]).permutation(self.count)
-            for index in order[done:].tolist():
-                if position % self.ranks == self.rank:
-                    yield index, (self.seed * 2**40 + position) % 2**63
-                position += 1
+    path = Path(path)
+    part = path.with_name(f"{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield part
+        part.replace(path)
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch reports a full disk as a RuntimeError
+        raise InputError(f"cannot write {path}, perhaps for want of room ({error}); what stood there before is kept"
+                         ) from None
+    finally:
+        part.unlink(missing_ok=True)
 
 
-def save_side_by_side(versions, path, columns=None, side=128):
-    """Write a PNG that shows every image in all its versions: originals, then one or more reconstructions of them.
+def check_fields(config, at_least_1=()):
+    """InputError for a field of a config that no model could have: a config.json may hold anything.
 
-    versions: lists of as many images (3, H, W) in [0, 1]; `columns` such groups to a row, every image of `side` pixels.
+    at_least_1: names of whole numbers that must not be 0.
     """
-    columns = columns or max(1, 8 - len(versions))  # the more versions, the fewer groups, at about the same width
-    gap, margin = 4, 12
-    group = len(versions) * (side + gap) - gap + margin  # width of one image's versions
-    rows = -(-len(versions[0]) // columns)
-    canvas = Image.new("RGB", (columns * group + margin, rows * (side + margin) + margin), "#d0d0d0")
-    for i, images in enumerate(zip(*versions)):
-        for place, image in enumerate(images):
-            image = pixels.to_pil_image(eight_bits(image.cpu().float()))
-            whole = side % image.width == 0  # then every pixel can become a square of pixels
-            image = image.resize((side, side), Image.NEAREST if whole else Image.LANCZOS)
-            x = margin + i % columns * group + place * (side + gap)
-            canvas.paste(image, (x, margin + i // columns * (side + margin)))
-    canvas.save(path)
+    for entry in fields(config):
+        name, value, kind = entry.name, getattr(config, entry.name), entry.type
+        if kind is int:
+            good = type(value) is int and (name in at_least_1) <= value <= (1000 if name == "depth" else 2**24)
+        elif kind is float:
+            good = type(value) in (int, float) and 0 <= value <= 1e12
+        elif kind is tuple:
+            good = len(value) == 3 and all(type(x) in (int, float) and abs(x) <= 1e12 for x in value)
+        else:
+            good = isinstance(value, kind)
+        if not good:
+            raise InputError(f"{name} is {value!r}")
+
+
+def read_json(path):
+    """The parsed JSON file; InputError names the path when it is missing or damaged."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not valid JSON: {error}") from None
+
+
+def read_config(path):
+    """The JSON object in a file, as a dict; InputError when it is missing, damaged or something else."""
+    config = read_json(path)
+    if not isinstance(config, dict):
+        raise InputError(f"{path} holds no JSON object, which it should")
+    return config
+
+
+def read_safetensors(path):
+    """The tensors of a safetensors file by name; InputError names the path when it is missing or damaged."""
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"cannot read the weights in {path}: {error}") from None
+
+
+def read_checkpoint(folder):
+    """All tensors of a hub folder by name, from model.safetensors or from the shards that its index names."""
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        return read_safetensors(folder / "model.safetensors")
+    shards = read_config(index).get("weight_map")
+    if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
+        raise InputError(f"{index} has no weight_map, which names the file of each tensor")
+    weights = {}
+    for name in sorted(set(shards.values())):
+        if Path(name).name != name:
+            raise InputError(f"{index} names the file {name!r}, which is not in its folder")
+        weights.update(read_safetensors(folder / name))
+    return weights
+
+
+def check_weights(expected, weights, path):
+    """InputError names the first tensor that is missing among the weights, or is not as the expected one."""
+    for name, tensor in expected.items():
+        if name not in weights:
+            raise InputError(f"{path} has no tensor {name!r}, so it does not fit its config.json")
+        if weights[name].shape != tensor.shape:
+            expected, found = tuple(tensor.shape), tuple(weights[name].shape)
+            raise InputError(f"{path}: tensor {name!r} has shape {found} where config.json asks for {expected}")
+        if weights[name].dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+            raise InputError(f"{path}: tensor {name!r} is of type {weights[name].dtype}, which is not read here")
+        if not weights[name].isfinite().all():
+            raise InputError(f"{path}: tensor {name!r} has values that are no numbers, so it is damaged")
+
+
+def save_model(model, folder):
+    """Write config.json and model.safetensors, each replaced in one step."""
+    folder = Path(folder)
+    weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    with replacing(folder / "config.json") as config_part, replacing(folder / "model.safetensors") as weights_part:
+        config_part.write_text(json.dumps(asdict(model.config), indent=2) + "\n")
+        save_file(weights, weights_part)
+
+
+def load_model(folder, kind, maker, build):
+    """The model that `save_model` wrote, built from its config.json by `build`, in eval mode.
+
+    `kind` and `maker` say, in the InputError about a missing or damaged folder, what it should be and what makes one.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise InputError(f"no model at {folder}: the folder does not exist; python train.py {maker}")
+    saved = read_json(folder / "config.json")
+    try:
+        with torch.device("meta"):  # sizes without memory: config.json may ask for more than there is
+            expected = build(saved).state_dict()
+    except (KeyError, TypeError, InputError, RuntimeError) as error:  # the last for sizes that no memory has
+        raise InputError(f"{folder}/config.json does not describe a {kind}: {str(error).splitlines()[0]}") from None
+    weights = read_safetensors(folder / "model.safetensors")
+    check_weights(expected, weights, folder / "model.safetensors")
+    model = build(saved)
+    model.load_state_dict({name: weights[name] for name in expected})
+    return model.eval()
+
+
+def load_text_tokenizer(path, vocabulary):
+    """The tokenizer in a tokenizer.json; InputError when it is missing or damaged, or lacks our two special tokens, or
+    has more tokens than the text part of the vocabulary has rows.
+    """
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises plain Exceptions
+        raise InputError(f"cannot read the text tokenizer {path}: {error}") from None
+    for token in (START_OF_IMAGE, END_OF_TEXT):
+        if tokenizer.token_to_id(token) is None:
+            raise InputError(f"the text tokenizer {path} has no token {token}")
+    if max(tokenizer.get_vocab().values()) >= vocabulary:
+        raise InputError(f"the text tokenizer {path} has more tokens than the {vocabulary} of its model's config.json")
+    return tokenizer
+
+
+def hub_folder(source):
+    """A local folder as it is, or a download of the hub's model of this name; InputError says why there is none."""
+    folder = Path(source)
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+
+        try:
+            folder = Path(snapshot_download(str(source), allow_patterns=["*.json", "*.safetensors"]))
+        except Exception as error:  # offline, no such id, no permission: huggingface_hub has many ways to say no
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise InputError(f"no model at {source!r}: not a folder, and the hub says: {reason}") from None
+    return folder
+
+
+# What checkpoints call the parts of our Encoder; {} stands for query, key or value where they are kept apart.
+HUB_NAMES = (
+    # ours, DINOv2, SigLIP and CLIP, InternViT by OpenGVLab, InternViT by transformers
+    ("cls_token", "embeddings.cls_token", "embeddings.class_embedding", "embeddings.class_embedding",
+     "embeddings.cls_token"),
+    ("registers", "embeddings.register_tokens", "", "", ""),
+    ("positions", "embeddings.position_embeddings", "embeddings.position_embedding.weight",
+     "embeddings.position_embedding", "embeddings.position_embeddings"),
+    ("patch_embed.", "embeddings.patch_embeddings.projection.", "embeddings.patch_embedding.",
+     "embeddings.patch_embedding.", "embeddings.patch_embeddings.projection."),
+    ("pre_norm.", "", "pre_layrnorm.", "", ""),
+    ("norm.", "layernorm.", "post_layernorm.", "", ""),
+    ("blocks.", "encoder.layer.", "encoder.layers.", "encoder.layers.", "encoder.layer."),
+    ("norm1.", "norm1.", "layer_norm1.", "norm1.", "layernorm_before."),
+    ("norm2.", "norm2.", "layer_norm2.", "norm2.", "layernorm_after."),
+    ("attention.qkv.", "attention.attention.{}.", "self_attn.{}_proj.", "attn.qkv.", "attention.{}_proj."),
+    ("attention.out.", "attention.output.dense.", "self_attn.out_proj.", "attn.proj.", "attention.projection_layer."),
+    ("mlp.0.", "mlp.fc1.", "mlp.fc1.", "mlp.fc1.", "mlp.fc1."),
+    ("mlp.2.", "mlp.fc2.", "mlp.fc2.", "mlp.fc2.", "mlp.fc2."),
+    ("scale1", "layer_scale1.lambda1", "", "ls1", "lambda_1"),
+    ("scale2", "layer_scale2.lambda1", "", "ls2", "lambda_2"),
+)
+
+# By the model_type of the vision config: the column of HUB_NAMES, the transformers class, what config.json need not say
+# (hub configs leave out what transformers has as default), and what of ViTConfig is the family's.
+FAMILIES = {
+    "dinov2": (1, "Dinov2Model", {}, {}),
+    "dinov2_with_registers": (1, "Dinov2WithRegistersModel", {"num_register_tokens": 4}, {"antialias": True}),
+    "siglip_vision_model": (2, "SiglipVisionModel", {
+        "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072,
+        "image_size": 224, "patch_size": 16, "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6,
+    }, {"layer_scale": False, "class_token": False, "mean": (0.5,) * 3, "std": (0.5,) * 3}),
+    "clip_vision_model": (2, "CLIPVisionModel", {
+        "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072,
+        "image_size": 224, "patch_size": 32, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5,
+    }, {"layer_scale": False, "patch_bias": False, "pre_norm": True, "final_norm": "class",
+        "mean": (0.48145466, 0.4578275, 0.40821073), "std": (0.26862954, 0.26130258, 0.27577711)}),
+    "intern_vit_6b": (3, "InternVisionModel", {}, {"final_norm": "none"}),  # so called in the 300M's config too
+    "internvl_vision": (4, "InternVLVisionModel", {"hidden_act": "gelu"}, {"final_norm": "none"}),
+}
+
+
+def hub_names(name, column):
+    """What checkpoints of a column of HUB_NAMES call our parameter `name`: one name, or those of its three parts."""
+    for row in HUB_NAMES:
+        ours, theirs = row[0], row[column]
+        if name.startswith(ours):
+            name = theirs + name[len(ours):]
+        elif name.startswith(("encoder.layer", "blocks.")):  # inside a block
+            name = name.replace(f".{ours}", f".{theirs}")
+    parts = ("query", "key", "value") if column == 1 else ("q", "k", "v")
+    return [name.format(part) for part in parts] if "{}" in name else [name]
+
+
+def load_encoder(source):
+    """Load a vision encoder of FAMILIES: a folder in the hub's layout or a hub id, alone or inside a larger model.
+
+    A folder of a trained VQRAE gives the encoder inside it. Returns an Encoder in eval mode and float32. Raises
+    InputError when the source cannot be had or does not fit.
+    """
+    folder = hub_folder(source)
+    hub = read_config(folder / "config.json")
+    if "codebook_dim" in hub:
+        return load_model(folder, "VQRAE", "--stage 1 makes one", lambda saved: nn.ModuleDict(
+            {"encoder": Encoder(ViTConfig(**saved["encoder"]))}))["encoder"]
+    config, expected = read_vit_config(hub, folder)
+    column, weights = FAMILIES[config.family][0], {}
+    # Inside a larger model the encoder's names have a prefix, and so has everything else another one.
+    theirs = {re.sub(r"^(model\.)?((vision_model|vision_tower)\.)*", "", name): tensor
+              for name, tensor in read_checkpoint(folder).items()}
+    if column == 1:  # recent versions of transformers have other names for DINOv2 in memory; someone may have kept them
+        for new, old in (("q_proj", "attention.query"), ("k_proj", "attention.key"), ("v_proj", "attention.value"),
+                         ("o_proj", "output.dense")):
+            theirs = {name.replace(f"attention.{new}", f"attention.{old}"): tensor for name, tensor in theirs.items()}
+    for name, ours in expected.items():
+        names = hub_names(name, column)
+        missing = [part for part in names if part not in theirs]
+        if missing:
+            raise InputError(f"the weights in {folder} have no tensor {missing[0]!r}")
+        if any(theirs[part].shape[1:] != theirs[names[0]].shape[1:] or not theirs[part].dim() for part in names):
+            raise InputError(f"the weights in {folder}: tensors {', '.join(map(repr, names))} do not fit together")
+        weights[name] = torch.cat([theirs[part].float() for part in names])
+        if name in ("cls_token", "positions") and weights[name].numel() == ours.numel():
+            weights[name] = weights[name].reshape(ours.shape)  # some families store them without the batch dimension
+    check_weights(expected, weights, folder)
+    encoder = Encoder(config)
+    encoder.load_state_dict(weights)
+    return encoder.eval()
+
+
+def read_vit_config(hub, folder):
+    """The ViTConfig that config.json, as a dict, and preprocessor_config.json describe, and its encoder's tensors.
+
+    The tensors are sizes without memory, as in `load_model`. Raises InputError when the files make no sense.
+    """
+    hub = hub.get("vision_config", hub)  # SigLIP and CLIP come with their text half, InternViT with a language model
+    kind = hub.get("model_type") if isinstance(hub, dict) else hub
+    if not isinstance(kind, str) or kind not in FAMILIES:
+        raise InputError(f"{folder}/config.json is of type {kind!r}; this loader reads {', '.join(FAMILIES)}")
+    _, _, defaults, traits = FAMILIES[kind]
+    hub = {**defaults, **hub}
+    if (hub.get("use_swiglu_ffn") or hub.get("use_qk_norm") or hub.get("qk_normalization")
+            or hub.get("norm_type") == "rms_norm" or str(hub.get("hidden_act")) not in ACTIVATIONS):
+        raise InputError(f"{folder}/config.json asks for SwiGLU, q/k norms, RMSNorm or an activation other than "
+                         f"{', '.join(ACTIVATIONS)}, as the largest models of these families have; none of it is here")
+    statistics = folder / "preprocessor_config.json"
+    statistics = read_config(statistics) if statistics.exists() else {}
+    try:
+        sides = [hub[name][0] if isinstance(hub[name], list) else hub[name] for name in ("image_size", "patch_size")]
+        config = ViTConfig(
+            image_size=sides[0],
+            patch_size=sides[1],
+            width=hub["hidden_size"],
+            depth=hub["num_hidden_layers"],
+            heads=hub["num_attention_heads"],
+            mlp_width=hub.get("intermediate_size") or int(hub["hidden_size"] * hub["mlp_ratio"]),
+            **{**traits, "family": kind, "activation": hub["hidden_act"], "layer_norm_eps": hub["layer_norm_eps"],
+               "registers": hub.get("num_register_tokens", 0) if kind == "dinov2_with_registers" else 0,
+               "mean": tuple(statistics.get("image_mean") or traits.get("mean", ViTConfig.mean)),
+               "std": tuple(statistics.get("image_std") or traits.get("std", ViTConfig.std))})
+        with torch.device("meta"):
+            return config, Encoder(config).state_dict()
+    except KeyError as error:
+        raise InputError(f"{folder}/config.json lacks {error}") from None
+    except (IndexError, TypeError, ValueError, OverflowError, RuntimeError) as error:
+        raise InputError(f"{folder}/config.json or preprocessor_config.json does not describe an encoder: "
+                         f"{str(error).splitlines()[0]}") from None
+
+
+def save_encoder(encoder, folder, dtype=torch.float32):
+    """Write an Encoder as a checkpoint of its family, which `load_encoder` and transformers' own class both read.
+
+    InternViT is written in the names of transformers' InternVLVisionModel, whichever names it came with.
+    """
+    config, folder = encoder.config, Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    family = "internvl_vision" if config.family == "intern_vit_6b" else config.family
+    column, class_name, _, _ = FAMILIES[family]
+    hub_config = {
+        "architectures": [class_name], "model_type": family, "image_size": config.image_size,
+        "patch_size": config.patch_size, "hidden_size": config.width, "num_hidden_layers": config.depth,
+        "num_attention_heads": config.heads, "hidden_act": config.activation, "layer_norm_eps": config.layer_norm_eps,
+    }
+    if column == 1:
+        hub_config.update(mlp_ratio=config.mlp_width // config.width, qkv_bias=True, use_swiglu_ffn=False,
+                          use_mask_token=False)
+    else:
+        hub_config.update(intermediate_size=config.mlp_width)
+    if config.registers:
+        hub_config.update(num_register_tokens=config.registers)
+    if family == "siglip_vision_model":
+        hub_config.update(vision_use_head=False)  # the pooling head is no part of Z_I
+    if family == "internvl_vision":
+        hub_config.update(attention_bias=True, use_qk_norm=False, use_mean_pooling=True, norm_type="layer_norm")
+    statistics = {"image_processor_type": "BitImageProcessor", "image_mean": config.mean, "image_std": config.std,
+                  "size": {"shortest_edge": config.image_size},
+                  "crop_size": {"height": config.image_size, "width": config.image_size}}
+    weights = {}
+    for name, tensor in encoder.state_dict().items():
+        theirs = hub_names(name, column)
+        if column == 2:
+            theirs = [f"vision_model.{name}" for name in theirs]  # as on the hub; transformers before 5 needs it
+        if column == 2 and name in ("cls_token", "positions"):
+            tensor = tensor[0, 0] if name == "cls_token" else tensor[0]  # (d,), (N, d): they come without a batch
+        weights.update(zip(theirs, (piece.to(dtype).contiguous() for piece in tensor.chunk(len(theirs)))))
+    if config.family == "dinov2_with_registers":
+        weights["embeddings.mask_token"] = torch.zeros(1, config.width, dtype=dtype)  # its class insists on one
+    (folder / "config.json").write_text(json.dumps(hub_config, indent=2) + "\n")
+    (folder / "preprocessor_config.json").write_text(json.dumps(statistics, indent=2) + "\n")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def qwen3_name(name):
+    """The name that Qwen3 checkpoints on the hub use for our parameter `name`."""
+    for ours, theirs in (("embedding.", "embed_tokens."), ("blocks.", "layers."),
+                         ("attention.q_norm", "self_attn.q_norm"), ("attention.k_norm", "self_attn.k_norm"),
+                         ("attention.out.", "self_attn.o_proj."),
+                         ("attention.q.", "self_attn.q_proj."), ("attention.k.", "self_attn.k_proj."),
+                         ("attention.v.", "self_attn.v_proj."), ("norm1.", "input_layernorm."),
+                         ("norm2.", "post_attention_layernorm."), (".gate.", ".mlp.gate_proj."),
+                         (".up.", ".mlp.up_proj."), (".down.", ".mlp.down_proj.")):
+        name = name.replace(ours, theirs)
+    return "model." + name
+
+
+def load_qwen3(source, codebook_size, image_tokens=0):
+    """A VisualLM from a Qwen3 checkpoint, a folder in the hub's layout or a hub id, with rows for K codes appended.
+
+    All rows of the text embedding stay, padding included, so code k is token vocab_size + k. The new rows start as
+    Qwen3's own did, N(0, 0.02^2). Its text tokenizer comes along. Raises InputError when the source cannot be had or
+    is no Qwen3 with tied embeddings.
+    """
+    folder = hub_folder(source)
+    hub = read_config(folder / "config.json")
+    if hub.get("model_type") != "qwen3" or not hub.get("tie_word_embeddings") or hub.get("attention_bias"):
+        raise InputError(f"{folder}/config.json is of type {hub.get('model_type')!r}; this loader reads dense Qwen3 "
+                         "with tied embeddings, such as Qwen/Qwen3-0.6B")
+    try:
+        config = LMConfig(
+            text_vocabulary=hub["vocab_size"], codebook_size=codebook_size, width=hub["hidden_size"],
+            depth=hub["num_hidden_layers"], heads=hub["num_attention_heads"], kv_heads=hub["num_key_value_heads"],
+            head_width=hub["head_dim"], mlp_width=hub["intermediate_size"], image_tokens=image_tokens,
+            rope_theta=hub.get("rope_theta") or hub["rope_parameters"]["rope_theta"], norm_eps=hub["rms_norm_eps"])
+        with torch.device("meta"):  # sizes without memory, as in `load_model`
+            expected = VisualLM(replace(config, codebook_size=0)).state_dict()
+    except KeyError as error:
+        raise InputError(f"{folder}/config.json lacks {error}") from None
+    except (TypeError, InputError, RuntimeError) as error:
+        raise InputError(f"{folder}/config.json does not describe a Qwen3: {str(error).splitlines()[0]}") from None
+    weights = read_checkpoint(folder)
+    ours = {name: weights[qwen3_name(name)].float() for name in expected if qwen3_name(name) in weights}
+    check_weights(expected, ours, folder)
+    model = VisualLM(config)
+    codes = model.embedding.weight.detach()[config.text_vocabulary:]
+    ours["embedding.weight"] = torch.cat([ours["embedding.weight"], codes])
+    model.load_state_dict(ours)
+    if (folder / "tokenizer.json").exists():
+        model.text = load_text_tokenizer(folder / "tokenizer.json", config.text_vocabulary)
+    return model.eval()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Presets: the settings of a training run
+# Tables 7 to 9: the settings of a training run
 # ----------------------------------------------------------------------------------------------------------------------
 
 ROOT = Path(__file__).resolve().parent
@@ -2440,6 +2457,7 @@ class CaptionConfig(LanguageConfig):
 
 # What the sizes of a Qwen3 checkpoint, and what a model of stage 1 for stage 2, have fixed.
 FIXED_BY_QWEN3 = ("text_vocabulary", "width", "depth", "heads", "kv_heads", "head_width", "mlp_width")
+
 FIXED_BY_STAGE_1 = ("encoder", "image_size", "output_patch_size", "quantizer", "codebook_size", "codebook_dim",
                     "beta_side", "codebook_init", "start_tokens", "projection_init")
 
@@ -2500,6 +2518,7 @@ PAPER_1 = replace(
     end_factor=0.25,
     warmup_steps=2000,
 )
+
 PAPER_2 = replace(
     PAPER_1,
     distillation_weight=1.0,
