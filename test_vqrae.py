@@ -7,7 +7,9 @@ transformers, scikit-image, scipy, or the lpips package, on random weights; noth
 """
 
 import copy
+import functools
 import importlib.util
+import inspect
 import io
 import json
 import os
@@ -20,6 +22,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import textwrap
 import time
 import urllib.error
 from contextlib import contextmanager
@@ -3220,6 +3223,24 @@ def test_every_name_in_the_readme_exists():
             assert not rest or hasattr(getattr(found[0], first), rest[0]), name
         elif not found:  # a file, a key of summary.json, a choice of a flag
             assert (ROOT / name).exists() or name in code or name in ("git", "transformers", "webdataset"), name
+
+
+def excerpts():
+    """Code that README.md quotes: the quoted thing's name, and its lines in one piece or in several."""
+    for name, code in re.findall(r"```python\n# (vqrae\.[\w.]+)\n(.*?)```", README, re.DOTALL):
+        yield name, [textwrap.dedent(piece).strip("\n") for piece in re.split(r"^\.\.\.$", code, flags=re.MULTILINE)]
+
+
+@pytest.mark.parametrize("name, pieces", list(excerpts()), ids=lambda value: value if isinstance(value, str) else "")
+def test_code_in_the_readme_is_the_code(name, pieces):
+    source = inspect.getsource(functools.reduce(getattr, name.split(".")[1:], vqrae)).splitlines()
+    for piece in pieces:
+        size = len(piece.splitlines())
+        assert piece in [textwrap.dedent("\n".join(source[i:i + size])) for i in range(len(source) - size + 1)], piece
+
+
+def test_the_readme_quotes_every_part_of_the_paper():
+    assert len(list(excerpts())) >= 10
 
 
 def test_every_picture_in_the_readme_is_there():
