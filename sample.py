@@ -23,7 +23,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 from torchvision.transforms import functional as pixels
 from tqdm import tqdm
 
@@ -508,8 +508,8 @@ def codes(args, device):
         for column, (image, token) in enumerate(places[code][::step][:columns]):
             # The patch in its surroundings: a code of a transformer's features means more than its own pixels.
             top, left = token // (args.image_size // p) * p, token % (args.image_size // p) * p
-            window = pixels.crop(pixels.to_pil_image(everything[image]), top - p, left - p, 3 * p, 3 * p)
-            window = window.resize((side, side), Image.BICUBIC)
+            around = ImageOps.expand(pixels.to_pil_image(everything[image]), border=p, fill="#d0d0d0")  # beyond the edge
+            window = around.crop((left, top, left + 3 * p, top + 3 * p)).resize((side, side), Image.BICUBIC)
             ImageDraw.Draw(window).rectangle((side // 3, side // 3, 2 * side // 3, 2 * side // 3), outline="red")
             canvas.paste(window, (label + column * (side + gap), row * (side + gap)))
     args.out.mkdir(parents=True, exist_ok=True)

@@ -2691,6 +2691,15 @@ def test_codes_draws_the_patches_that_chose_each_code(saved_model, photo_folder,
     assert Image.open(tmp_path / "pictures/codes.png").size[0] > 100
 
 
+def test_beyond_the_edge_of_an_image_codes_draws_nothing_that_looks_like_image(saved_model, tmp_path):
+    for name in "ab":
+        Image.new("RGB", (16, 16), "yellow").save(tmp_path / f"{name}.png")
+    sample.main(["codes", "--model", str(saved_model), "--data", str(tmp_path), "--split", "all", "--device", "cpu",
+                 "--out", str(tmp_path / "pictures")])
+    drawn = np.asarray(Image.open(tmp_path / "pictures/codes.png").convert("RGB"))[:, 64:]  # right of the labels
+    assert not (drawn.max(2) < 100).any()
+
+
 @pytest.mark.parametrize("arguments, sentence", [
     (["evaluate", "--model", "/nowhere"], "no model at /nowhere"),
     (["evaluate", "--model", "{model}", "--data", "/nowhere"], "no images at /nowhere"),
