@@ -176,8 +176,8 @@ def evaluate_generator(args, device):
     size = model.config.image_size
     encoder, name = vqrae.load_encoder(args.frechet_encoder).to(device), Path(args.frechet_encoder).name
     sets = {split: vqrae.ImageSet(args.data, split, size) for split in ("train", "val")}
-    real = {split: vqrae.pooled_features(encoder, (batch.float() / 255 for batch in images.batches(
-        range(len(images)), args.batch_size))) for split, images in sets.items()}  # (n, d) each
+    real = {split: vqrae.pooled_features(encoder, images.views(args.batch_size))
+            for split, images in sets.items()}  # (n, d) each
     gallery = torch.cat(list(real.values()))
     gallery_records = [record for images in sets.values() for record in images.records]
     result, measures = {}, []
@@ -508,7 +508,7 @@ def codes(args, device):
         for column, (image, token) in enumerate(places[code][::step][:columns]):
             # The patch in its surroundings: a code of a transformer's features means more than its own pixels.
             top, left = token // (args.image_size // p) * p, token % (args.image_size // p) * p
-            around = ImageOps.expand(pixels.to_pil_image(everything[image]), border=p, fill="#d0d0d0")  # beyond the edge
+            around = ImageOps.expand(pixels.to_pil_image(everything[image]), border=p, fill="#d0d0d0")
             window = around.crop((left, top, left + 3 * p, top + 3 * p)).resize((side, side), Image.BICUBIC)
             ImageDraw.Draw(window).rectangle((side // 3, side // 3, 2 * side // 3, 2 * side // 3), outline="red")
             canvas.paste(window, (label + column * (side + gap), row * (side + gap)))

@@ -412,8 +412,8 @@ class UniTok(vqrae.VQRAE):
         measured so, all quantizers are measured alike.
         """
         squares = products = 0
-        for batch in images.batches(range(len(images)), batch_size, workers):
-            out = self(batch.to(device).float() / 255)
+        for x in images.views(batch_size, device, workers):
+            out = self(x)
             codes = F.pad(out.z_q, (0, 1), value=1.0).flatten(0, 1).cpu().double()  # (B * N, e + 1)
             squares = squares + codes.T @ codes  # (e + 1, e + 1)
             products = products + codes.T @ out.features.flatten(0, 1).cpu().double()  # (e + 1, d)

@@ -203,7 +203,7 @@ class Encoder(nn.Module):
         x = self.patch_embed((images - self.mean) / self.std)  # (B, d, H/p, W/p)
         positions = self.positions_for(*x.shape[-2:])  # (1, [1 +] N, d)
         x = x.flatten(2).transpose(1, 2)  # (B, N, d)
-        if self.config.class_token:  # shape[0], for with len(x) an exported graph would be for one size of batch
+        if self.config.class_token:  # x.shape[0], for len(x) would fix an exported graph's size of batch
             x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)  # (B, 1 + N, d)
         x = x + positions  # (B, [1 +] N, d)
         if self.config.registers:
@@ -245,7 +245,8 @@ class VectorQuantizer(nn.Module):
 
     def lookup(self, indices):
         """Effective codes (..., e) of indices (...): exactly what the forward pass used."""
-        return self.project(F.embedding(indices, self.codebook))  # codebook[indices], its gradient summed in order
+        # Not codebook[indices], whose gradient is summed in whatever order threads come.
+        return self.project(F.embedding(indices, self.codebook))
 
     @torch.no_grad()
     def search(self, z, code_chunk=2048, token_chunk=2048):
@@ -259,6 +260,7 @@ class VectorQuantizer(nn.Module):
         for first in range(0, len(self.codebook), code_chunk):
             codes = self.project(self.codebook[first:first + code_chunk])  # (chunk, e)
             squared_norms = codes.pow(2).sum(1)  # (chunk,)
+            # The parts are views: what is copied into them is in `best` and `indices`.
             for tokens, best_part, index_part in zip(*(t.split(token_chunk) for t in (z, best, indices))):
                 distance, nearest = torch.addmm(squared_norms, tokens, codes.T, alpha=-2).min(1)  # (tokens,)
                 closer = distance < best_part
@@ -357,11 +359,12 @@ def start_codebook(quantizer, z, steps=6, generator=None):
 def sincos_positions(rows, columns, width):
     """Fixed 2-D sine-cosine positions (1, rows * columns, width): half the channels tell the row, half the column."""
     frequency = 10000 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))  # (width/4,)
-    axes = []
-    for length, repeat in ((rows, lambda x: x.repeat_interleave(columns, 0)), (columns, lambda x: x.repeat(rows, 1))):
-        angle = torch.arange(length, dtype=torch.float64)[:, None] * frequency  # (length, width/4)
-        axes.append(repeat(torch.cat([angle.sin(), angle.cos()], dim=1)))  # (rows * columns, width/2)
-    return torch.cat(axes, dim=1).float()[None]  # (1, rows * columns, width)
+    row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")  # (rows, columns)
+    waves = []
+    for place in (row, column):
+        angle = place.flatten()[:, None] * frequency  # (rows * columns, width/4)
+        waves += [angle.sin(), angle.cos()]
+    return torch.cat(waves, dim=1).float()[None]  # (1, rows * columns, width)
 
 
 class Decoder(nn.Module):
@@ -1185,7 +1188,7 @@ def misread(codes, most, generator):
 
     An image of a small set is known by its first codes. A transformer that reads them as they are may learn to go on
     from there, by heart, and have no use for the caption; once it writes, its first slip leads it to another image or
-    to none. One that may not trust what it reads learns what the caption says about every place. The README compares.
+    to none. One that may not trust what it reads learns what the caption says about every place.
     """
     share = most * torch.rand(len(codes), 1, generator=generator)  # (B, 1)
     others = codes.flatten()[torch.randperm(codes.numel(), generator=generator)].view_as(codes)  # (B, N)
@@ -1376,8 +1379,7 @@ def understanding(model, teacher, train_images, test_images, batch_size=64, devi
         return {}
     pooled, cosines = {}, {}
     for images in (train_images, test_images):
-        for batch in images.batches(range(len(images)), batch_size, workers):
-            x = batch.to(device).float() / 255
+        for x in images.views(batch_size, device, workers):
             features = {"teacher": teacher(x), "continuous": model.encoder(x)}
             z_q, indices, _, _ = model.quantizer(model.project_features(features["continuous"]))
             if indices is not None:
@@ -1414,8 +1416,7 @@ def evaluate(model, images, batch_size=64, device="cpu", workers=0, frechet_enco
     """
     scores, features, seams = {"psnr": [], "ssim": []}, ([], []), []
     counts = torch.zeros(model.config.codebook_size, dtype=torch.int64)
-    for batch in images.batches(range(len(images)), batch_size, workers):
-        x = batch.to(device).float() / 255
+    for x in images.views(batch_size, device, workers):
         out = model(x)
         y = eight_bits(out.reconstruction)
         x = resize_to(x, y)
@@ -1647,6 +1648,11 @@ class ImageSet(torch.utils.data.Dataset):
         images, indices, names = zip(*items)
         return torch.stack(images), list(indices), [name for some in names for name in some]
 
+    def views(self, batch_size=64, device="cpu", workers=0):
+        """Yield the evaluation views of all images in their order, as floats (up to batch_size, 3, size, size)."""
+        for batch in self.batches(range(len(self)), batch_size, workers):
+            yield batch.to(device).float() / 255
+
     def spread_places(self, count):
         """Up to `count` places from all over the set."""
         count = min(count, len(self))
@@ -1698,7 +1704,7 @@ class TrainingOrder:
     """Endless keys of training views: every epoch in a new random order, every view with a new seed.
 
     Key number k depends on `seed` and k alone, so a resumed run needs no state of the loader to see the same images,
-    and each of several ranks takes every so manieth key without asking the others.
+    and of R ranks each takes every R-th key without asking the others.
     """
 
     def __init__(self, count, seed, start, rank=0, ranks=1):
@@ -1739,8 +1745,8 @@ def save_side_by_side(versions, path, columns=None, side=128):
 def count_codes(model, images, batch_size=64, device="cpu", workers=0):
     """How often each code is chosen in one pass over an ImageSet, evaluation views -> (K,) int64."""
     counts = torch.zeros(model.config.codebook_size, dtype=torch.int64)
-    for batch in images.batches(range(len(images)), batch_size, workers):
-        counts += model.count(model.encode(batch.to(device).float() / 255)[1]).cpu()
+    for x in images.views(batch_size, device, workers):
+        counts += model.count(model.encode(x)[1]).cpu()
     return counts
 
 
