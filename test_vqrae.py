@@ -638,6 +638,8 @@ def test_the_weightiest_third_of_the_directions_starts_in_full_and_the_rest_at_a
     (lambda f: (f / "model.safetensors").write_bytes(b"\xff" * 40), "cannot read the weights"),
     (lambda f: (f / "config.json").write_text("[]"), "does not describe a VQRAE"),
     (lambda f: edit(f / "config.json", '"codebook_size": 40', '"codebook_size": 41'), "has shape"),
+    (lambda f: edit(f / "config.json", '"beta_side": "commitment"', '"beta_side": "comitment"'), "beta_side is 'comit"),
+    (lambda f: edit(f / "config.json", '"final_norm": "tokens"', '"final_norm": "token"'), "final_norm 'token' is"),
     (lambda f: [p.unlink() for p in f.iterdir()] and f.rmdir(), "does not exist"),
 ])
 def test_a_damaged_model_is_one_sentence_with_its_path(tmp_path, damage, sentence):
@@ -663,7 +665,7 @@ def test_lpips_equals_the_lpips_package_on_random_weights():
     torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-6)
 
 
-def test_the_papers_perceptual_loss_is_lpips_plus_a_tenth_of_the_convnext_logits():
+def test_the_papers_perceptual_loss_at_its_weight_is_lpips_plus_a_tenth_of_the_convnext_logits():
     lpips = pytest.importorskip("lpips")
     from torchvision.models import convnext_small
 
@@ -674,7 +676,7 @@ def test_the_papers_perceptual_loss_is_lpips_plus_a_tenth_of_the_convnext_logits
         logits = [perceptual.convnext(normalise(F.interpolate(image, size=224, mode="bilinear", antialias=True)))
                   for image in (x, y)]
         expected = perceptual.lpips(x, y).mean() + 0.1 * (logits[0] - logits[1]).pow(2).mean()
-        torch.testing.assert_close(perceptual(x, y), expected)
+        torch.testing.assert_close(vqrae.PRESETS["siglip2-256"]["1"].perceptual_weight * perceptual(x, y), expected)
 
 
 def test_networks_that_cannot_be_fetched_are_one_sentence_that_names_the_way_out(monkeypatch, tmp_path, short_run):

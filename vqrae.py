@@ -5,9 +5,12 @@
 First comes the paper, Sections 3.2 to 3.5; then metrics (Section 4.1), image data, checkpoints, and the settings of
 Tables 7 to 9. Shapes used in the comments, with the paper's letter where it has one:
     B  images in a batch            d  width of encoder and decoder     p  patch side the encoder reads
-    N  tokens of an image, hw/p^2   e  width of a code                  q  patch side the decoder writes
+    N  tokens of an image, HW/p^2   e  width of a code                  q  patch side the decoder writes
     K  codes in the codebook (n and k in the paper)
-Images are float tensors (B, 3, H, W) in [0, 1] everywhere; each encoder applies its own mean and std.
+    V  tokens of the text vocabulary                                    h  width of an attention head
+H and W are the sides of an image (h and w in the paper), n and m any number of rows. Models take and return images as
+float tensors (B, 3, H, W) in [0, 1], and each encoder applies its own mean and std; image data come as uint8. A
+`--flag` in a comment is one of train.py's.
 """
 
 import functools
@@ -57,14 +60,14 @@ class ViTConfig:
     depth: int
     heads: int
     mlp_width: int
-    family: str = "dinov2"  # a name in FAMILIES; what else distinguishes it stands below
+    family: str = "dinov2"  # a name in FAMILIES; the fields below say how families differ
     activation: str = "gelu"  # a name in ACTIVATIONS
     layer_norm_eps: float = 1e-6
     layer_scale: bool = True
     class_token: bool = True
     registers: int = 0  # further tokens without a position
     patch_bias: bool = True
-    pre_norm: bool = False  # a norm before the first block
+    pre_norm: bool = False  # CLIP's: one more norm, before the first block
     final_norm: str = "tokens"  # which tokens the last norm is for: all "tokens", the "class" token alone, or "none"
     antialias: bool = False  # when positions are resized
     mean: tuple = (0.485, 0.456, 0.406)  # ImageNet's, which DINOv2 was trained with
@@ -76,8 +79,10 @@ class ViTConfig:
         if self.width % self.heads or self.image_size < self.patch_size:
             raise InputError(f"width {self.width} must be a multiple of heads {self.heads}, and image_size "
                              f"{self.image_size} no less than patch_size {self.patch_size}")
-        if self.family not in FAMILIES or self.activation not in ACTIVATIONS:
-            raise InputError(f"family {self.family!r} or activation {self.activation!r} is unknown")
+        if (self.family not in FAMILIES or self.activation not in ACTIVATIONS
+                or self.final_norm not in ("tokens", "class", "none")):
+            raise InputError(f"family {self.family!r}, activation {self.activation!r} or final_norm "
+                             f"{self.final_norm!r} is unknown")
 
 
 def attend(q, k, v, mask=None):
@@ -191,7 +196,7 @@ class Encoder(nn.Module):
         return torch.cat([cls, grid.flatten(2).transpose(1, 2).to(cls.dtype)], dim=1)  # (1, [1 +] rows*columns, d)
 
     def hidden_states(self, images):
-        """Yield all tokens, class token and registers first, as they are after each block; no norm is applied.
+        """Yield all tokens, class token and registers first, as they are after each block, before the last norm.
 
         Each is (B, [1 +] registers + N, d). Raises InputError when the image's sides are not multiples of the patch
         size.
@@ -217,12 +222,12 @@ class Encoder(nn.Module):
     def forward(self, images):
         for x in self.hidden_states(images):  # (B, [1 +] registers + N, d), none kept but the last
             pass
-        x = self.norm(x) if self.config.final_norm == "tokens" else x
+        x = self.norm(x) if self.config.final_norm == "tokens" else x  # a norm for "class" is only kept to be saved
         return x[:, self.config.class_token + self.config.registers:]  # (B, N, d)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Section 3.2, "High Dimensional VQ", and Section 3.3: Eq. 1 and Eq. 3
+# Section 3.2, "High Dimensional VQ": Eq. 1, and the quantizer's loss, Eq. 3; Section 3.3, 100% utilization
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -260,12 +265,12 @@ class VectorQuantizer(nn.Module):
         for first in range(0, len(self.codebook), code_chunk):
             codes = self.project(self.codebook[first:first + code_chunk])  # (chunk, e)
             squared_norms = codes.pow(2).sum(1)  # (chunk,)
-            # The parts are views: what is copied into them is in `best` and `indices`.
-            for tokens, best_part, index_part in zip(*(t.split(token_chunk) for t in (z, best, indices))):
-                distance, nearest = torch.addmm(squared_norms, tokens, codes.T, alpha=-2).min(1)  # (tokens,)
-                closer = distance < best_part
-                best_part.copy_(torch.where(closer, distance, best_part))
-                index_part.copy_(torch.where(closer, first + nearest, index_part))
+            for begin in range(0, len(z), token_chunk):
+                part = slice(begin, begin + token_chunk)
+                distance, nearest = torch.addmm(squared_norms, z[part], codes.T, alpha=-2).min(1)  # (part,) each
+                closer = distance < best[part]
+                best[part] = torch.where(closer, distance, best[part])
+                indices[part] = torch.where(closer, first + nearest, indices[part])
         return indices
 
     def forward(self, z):
@@ -320,10 +325,11 @@ class NoQuantizer(nn.Module):
 def start_codebook(quantizer, z, steps=6, generator=None):
     """`--codebook-init data`: k-means centres of projected training features z (n, e) become the codes, W the identity.
 
-    Why the start decides whether a codebook lives. Features of a pretrained encoder share a large mean and vary along
-    few directions, whereas Gaussian codes point everywhere. Nearly all tokens then have the same few nearest codes,
-    only those few tell W where to go, and W lays the whole cloud of codes onto the spot where they are. Codes that
-    start where the features are all have tokens to win from the first step on, and W only has to keep up.
+    Why the start decides whether a codebook lives. Gaussian codes, of length 1, are a small cloud in the middle of the
+    features, of length sqrt(d). A code that wins tokens is pulled towards them and takes the tokens of those left
+    behind. In plain VQ only the winners move, until a few have all tokens. In SimVQ they move W, and W moves the whole
+    cloud to where these few have to be. Codes that start where the features are all have tokens to win from the first
+    step on, and W only has to keep up.
     """
     K = len(quantizer.codebook)
     if len(z) < K:
@@ -341,9 +347,9 @@ def start_codebook(quantizer, z, steps=6, generator=None):
         distance = (z - quantizer.codebook[indices]).norm(dim=1)  # (n,)
         sums = torch.zeros_like(quantizer.codebook).index_add_(0, indices, z)  # (K, e)
         centres = sums / counts.clamp(min=1)[:, None]  # (K, e)
-        # Half of an emoji is one blank background token, whose copies leave most of their codes without any token; and
-        # a code that serves a single odd token is lost once features move. Codes with little to do start again at
-        # tokens that are badly served, drawn by their distance.
+        # Half of the tokens of our emoji are one and the same blank background. Many codes are drawn from its copies,
+        # and all but one of them get no token. A code that serves a single odd token is lost once features move. So
+        # codes with little to do start again at badly served tokens, drawn in proportion to their distance.
         weak = counts < few
         if weak.any():
             chosen = torch.multinomial(distance.cpu().double() + 1e-12, int(weak.sum()), generator=generator)
@@ -410,11 +416,13 @@ class VQRAEConfig:
 
     def __post_init__(self):
         check_fields(self, ("image_size", "output_patch_size", "codebook_size", "codebook_dim"))
-        if self.quantizer not in QUANTIZERS or self.encoder.width % 4:
+        if self.quantizer not in QUANTIZERS or self.encoder.width % 4:  # 4: sine, cosine of row, column
             raise InputError(f"quantizer {self.quantizer!r} is unknown, or width {self.encoder.width} no multiple of 4")
+        if self.beta_side not in ("commitment", "codebook"):
+            raise InputError(f"beta_side is {self.beta_side!r}")
 
 
-QUANTIZERS = {"simvq": SimVQ, "vq": VectorQuantizer, "none": NoQuantizer}
+QUANTIZERS = {"simvq": SimVQ, "vq": VectorQuantizer, "none": lambda *sizes: NoQuantizer()}
 
 
 @dataclass
@@ -438,14 +446,12 @@ class VQRAE(nn.Module):
         self.config = config
         d, e = config.encoder.width, config.codebook_dim
         self.encoder = Encoder(config.encoder)
-        # Channels of a pretrained encoder differ in scale, and a few would outweigh all others in a distance.
+        # Not in the paper: channels of a pretrained encoder differ in scale, and a few would outweigh all others in a
+        # distance. `start` sets both; until then they change nothing.
         self.register_buffer("feature_mean", torch.zeros(d))
         self.register_buffer("feature_std", torch.ones(d))
         self.project_in = nn.Linear(d, e)
-        if config.quantizer == "none":
-            self.quantizer = NoQuantizer()
-        else:
-            self.quantizer = QUANTIZERS[config.quantizer](config.codebook_size, e, config.beta, config.beta_side)
+        self.quantizer = QUANTIZERS[config.quantizer](config.codebook_size, e, config.beta, config.beta_side)
         self.project_out = nn.Linear(e, d)
         self.decoder = Decoder(config.encoder, config.output_patch_size)
         for module in self.decoder.modules():
@@ -492,7 +498,7 @@ class VQRAE(nn.Module):
 
     @torch.no_grad()
     def decode(self, indices, rows=None):
-        """Codes (B, N) -> images (B, 3, rows*q, N/rows*q) in [0, 1]; without `rows` the grid is square."""
+        """Codes (B, N) -> images (B, 3, rows*q, N/rows*q) in [0, 1]; without `rows`, N is taken to be of a square."""
         rows = rows or math.isqrt(indices.shape[1])
         if isinstance(self.quantizer, NoQuantizer) or indices.shape[1] % rows:
             raise InputError(f"{indices.shape[1]} codes do not fill {rows} rows, or the model has no codebook")
@@ -501,11 +507,11 @@ class VQRAE(nn.Module):
 
     @torch.no_grad()
     def start(self, features, patches, codebook_init="data", projection_init="pixels", generator=None):
-        """Before the first step: fit standardisation, projections and codebook to training tokens.
+        """Before the first step: fit standardisation, projections and codebook to training tokens (not in the paper).
 
-        features (n, d) and patches (n, 3*p*p), the pixels of the same tokens. The projections start by
-        `start_projections`, with all directions in full for "features", or as torch's "random"; the codebook by
-        `start_codebook` or stays "gaussian".
+        features (n, d) and patches (n, 3*p*p), the pixels of the same tokens. projection_init: "pixels", see
+        `start_projections`; "features", the same with every direction at full scale; or "random", torch's own.
+        codebook_init: "data", see `start_codebook`; or "gaussian", as it was made.
         """
         self.feature_mean.copy_(features.mean(0))
         self.feature_std.copy_(features.std(0) + 1e-6)
@@ -521,18 +527,19 @@ class VQRAE(nn.Module):
                 kept[:] = True  # too few others to start from
             self.start_codes(self.project_features(features[kept]), generator)
 
-    def start_codes(self, z, generator):
+    def start_codes(self, z, generator):  # a method of its own, for unitok.py has other quantizers
         """Let the codes start from projected training tokens z (n, e)."""
         start_codebook(self.quantizer, z, generator=generator)
 
     def start_projections(self, features, patches, generator, minor=0.1):
-        """`--projection-init pixels`: a distance between two z is half one of features, half one of what they tell.
+        """`--projection-init pixels`: squared distances of z are half those of features, half those of told pixels.
 
         The nearest code is the one that loses least in this distance, and a distance among semantic features alone
         spends codes on what no pixel shows. What features tell of the pixels of their own patch is read off by least
         squares. Most directions tell next to nothing, but features vary along them more than along the others, and
         would decide which code is the nearest: all but the weightiest third start at a tenth (`minor`) of their scale.
-        The way out starts as the inverse of the way in, so that the decoder meets features from step 0 on.
+        The way out starts as the pseudo-inverse of the way in without those at a tenth, so that the decoder meets
+        features from step 0 on.
         """
         features, patches = features.cpu(), patches.cpu()  # the one device that has all the solvers
         d, e = features.shape[1], self.config.codebook_dim
@@ -546,8 +553,9 @@ class VQRAE(nn.Module):
             major, axes = rank, nn.init.orthogonal_(torch.empty(e, rank), generator=generator)
         else:  # each direction on an axis of its own: AdamW scales axes one by one, and would stir a mixture up
             major, axes = min(-(-d // 3), e), torch.eye(e, rank)
-        main = (axes * scale[:rank])[:, :major] @ directions[:major]  # (e, d)
-        rest = (axes * scale[:rank])[:, major:] @ directions[major:rank]  # (e, d)
+        axes = axes * scale[:rank]  # (e, rank)
+        main = axes[:, :major] @ directions[:major]  # (e, d), at full scale
+        rest = axes[:, major:] @ directions[major:rank]  # (e, d), zero where there is no rest
         self.project_in.weight.copy_(main + minor * rest)
         self.project_out.weight.copy_(torch.linalg.pinv(main))  # (d, e)
         nn.init.zeros_(self.project_in.bias)
@@ -579,9 +587,10 @@ class VFMPerceptual(nn.Module):
     """`--perceptual vfm`: L_P as the distance between the frozen encoder's own features of both images.
 
     Needs no download and no convolution. LPIPS' recipe on tokens: after every block, scale each token to unit length,
-    take squared differences; and before the first block, those of the image's gradients, where an eye sees noise and
-    seams that a pixel's own value hardly shows. Encoder and decoder share one grid of patches, so a seam between two
-    patches of the output would fall between two patches of the encoder, unseen; both are therefore shifted at random.
+    take squared differences; and before the first block, those of the steps between neighbouring pixels, where an eye
+    sees noise and seams that a pixel's own value hardly shows. Encoder and decoder share one grid of patches, so a seam
+    between two patches of the output would fall between two patches of the encoder, unseen; therefore both images are
+    cropped, at one random offset.
     """
 
     def __init__(self, encoder):
@@ -589,7 +598,7 @@ class VFMPerceptual(nn.Module):
         self.encoder = encoder
 
     def forward(self, x, y, generator=None):
-        """Images (B, 3, H, W) in [0, 1] -> scalar; the offset is drawn from `generator`."""
+        """Originals x, reconstructions y (B, 3, H, W) in [0, 1] -> scalar; `generator` draws the offset."""
         p, window = self.encoder.config.patch_size, [...]
         for size in x.shape[-2:]:
             side = (size // p - 1) * p  # one patch less, so that the window has room to move by a whole one
@@ -605,7 +614,7 @@ class VFMPerceptual(nn.Module):
 
 
 class PaperPerceptual(nn.Module):
-    """`--perceptual lpips-convnext`, the paper's L_P: LPIPS on VGG16 + 0.1 x squared distance of ConvNeXt-S logits.
+    """`--perceptual lpips-convnext`, the paper's L_P: LPIPS on VGG16 + 0.1 x squared error of ConvNeXt-S logits, / 1.1.
 
     The weights are torchvision's and are fetched on first use; InputError when that fails. `vgg` (an lpips.LPIPS) and
     `convnext` can be handed in instead.
@@ -639,12 +648,13 @@ class PaperPerceptual(nn.Module):
         """Images (B, 3, H, W) in [0, 1] -> scalar; in float32, and `generator` is not used."""
         with torch.autocast(x.device.type, enabled=False):
             x, y = x.float(), y.float()
+            mean, std = (x.new_tensor(values).view(3, 1, 1) for values in (ViTConfig.mean, ViTConfig.std))  # ImageNet's
             logits = []
             for image in (x, y):
                 image = F.interpolate(image, size=224, mode="bilinear", antialias=True)
-                mean, std = x.new_tensor(ViTConfig.mean), x.new_tensor(ViTConfig.std)
-                logits.append(self.convnext((image - mean[:, None, None]) / std[:, None, None]))  # (B, 1000)
-            return self.lpips(x, y).mean() + 0.1 * F.mse_loss(*logits)
+                logits.append(self.convnext((image - mean) / std))  # (B, 1000)
+            # TiTok divides by the sum of both weights, so that Table 7's weight of 1.1 makes LPIPS + 0.1 x ConvNeXt.
+            return (self.lpips(x, y).mean() + 0.1 * F.mse_loss(*logits)) / 1.1
 
 
 def resize_to(images, like):
@@ -688,8 +698,11 @@ def hinge_loss(real, fake):
 
 
 def lecam_penalty(real, fake, real_average, fake_average):
-    """LeCam (Tseng et al. 2021): real logits should not rise far above the running average of fake ones, nor the other
-    way round, which keeps a discriminator from winning outright when data are few. Logits of any shape -> scalar."""
+    """LeCam (Tseng et al. 2021): real logits should not rise far above the running average of fake ones, nor fake ones
+    fall far below that of real ones. It keeps a discriminator from winning outright when data are few.
+
+    Logits of any shape -> scalar.
+    """
     return F.relu(real.mean() - fake_average).pow(2) + F.relu(real_average - fake.mean()).pow(2)
 
 
@@ -732,10 +745,10 @@ class Discriminator(nn.Module):
             return self.layers(images.float())  # (B, 1, 16, 16)
 
     def loss(self, real, fake, lecam_weight=0.001, decay=0.999, over_ranks=lambda means: None):
-        """What the discriminator minimises on originals and reconstructions: hinge + LeCam; a dict of scalars too.
+        """What the discriminator minimises on originals and reconstructions, hinge + LeCam, and a dict of scalars.
 
-        LeCam is of a batch's mean logits. When processes share a batch out, `over_ranks` replaces the tensors of a list
-        by their means over all of them.
+        LeCam looks at the mean logits of a whole batch. When several processes share a batch, `over_ranks` replaces
+        each tensor of a list by its mean over the processes.
         """
         real, fake = self(real), self(fake.detach())  # (B, 1, 16, 16)
         hinge, means = hinge_loss(real, fake), [real.mean(), fake.mean()]
@@ -773,7 +786,7 @@ def stage2_loss(images, out, perceptual, perceptual_weight=1.1, quantizer_weight
 # Sections 3.4 and 3.5: one language model for both, Qwen3's transformer over text and visual codes
 # ----------------------------------------------------------------------------------------------------------------------
 
-# Between a text and its image, and behind a text that ends; named as in Qwen3's own tokenizer.json, which has both.
+# The first stands between a text and its image, the second behind a text; Qwen3's own tokenizer.json has both names.
 START_OF_IMAGE, END_OF_TEXT = "<|vision_start|>", "<|endoftext|>"
 
 
@@ -850,10 +863,14 @@ class KeyValueCache:
         return self.memory[layer, 0, :, :, :end], self.memory[layer, 1, :, :, :end]
 
 
-def few_rows(weight):
-    """x -> x W^T with W (out, in), for x of few rows, such as one token's: half the time of torch's product on a CPU.
+# `few_rows`, Product, `products` and `VisualLM.quick_products` only make generation faster. On a first reading take
+# Product for an nn.Linear without bias, and `products(x, a, b)` for [a(x), b(x)].
 
-    That one is made for many rows. oneDNN first lays a copy of W out as it needs it.
+
+def few_rows(weight):
+    """x -> x W^T with W (out, in), for an x of few rows, such as one token's: twice as fast as torch on a CPU.
+
+    Torch's product is made for many rows; here oneDNN first rearranges a copy of W, once, into the layout it needs.
     """
     if weight.device.type != "cpu" or weight.dtype != torch.float32 or not torch.backends.mkldnn.is_available():
         return lambda x: F.linear(x, weight)
@@ -864,7 +881,7 @@ def few_rows(weight):
 class Product(nn.Linear):
     """x W^T, see `products`."""
 
-    laid_out = None  # while an image is written: a dictionary, from layers to what `few_rows` makes of their weights
+    laid_out = None  # during generation: a dict, from a tuple of layers to what `few_rows` makes of their weights
 
     def __init__(self, inputs, outputs):
         super().__init__(inputs, outputs, bias=False)
@@ -874,7 +891,7 @@ class Product(nn.Linear):
 
 
 def products(x, *layers):
-    """x W^T of every one of the Products `layers`; while an image is written, as one product, by `few_rows`."""
+    """x W^T of every one of the Products `layers`; during generation as one product of all, by `few_rows`."""
     laid_out = layers[0].laid_out
     if laid_out is None:
         return [F.linear(x, layer.weight) for layer in layers]
@@ -895,6 +912,7 @@ class CausalAttention(nn.Module):
         self.q_norm, self.k_norm = RMSNorm(h, config.norm_eps), RMSNorm(h, config.norm_eps)
 
     def forward(self, x, turn, mask, cache=None, layer=0):
+        """x (B, n, d) -> (B, n, d). turn: see `rotate`; mask: see `attend`; layer: which part of the cache is ours."""
         B, n, _ = x.shape
         h = self.config.head_width
         q, k, v = (y.view(B, n, -1, h) for y in products(x, self.q, self.k, self.v))  # each (B, n, its heads, h)
@@ -918,7 +936,7 @@ class CausalBlock(nn.Module):
         self.gate, self.up = Product(d, config.mlp_width), Product(d, config.mlp_width)
         self.down = Product(config.mlp_width, d)
 
-    def forward(self, x, *where):
+    def forward(self, x, *where):  # turn, mask, cache and layer of CausalAttention
         x = x + self.attention(self.norm1(x), *where)  # (B, n, d)
         gate, up = products(self.norm2(x), self.gate, self.up)  # (B, n, mlp_width)
         return x + self.down(F.silu(gate) * up)  # (B, n, d)
@@ -967,7 +985,7 @@ class VisualLM(nn.Module):
         angle = position[:, None] * frequency  # (n, h/2)
         cos, sin = angle.cos(), angle.sin()
         turn = torch.stack([torch.cat([cos, cos], dim=1), torch.cat([-sin, sin], dim=1)])  # (2, n, h), for `rotate`
-        past = torch.arange(done + n, device=x.device)  # (m,)
+        past = torch.arange(done + n, device=x.device)  # (m,), positions of all keys, those of x included
         visible = (past <= position[:, None])[None, None]  # (1, 1, n, m)
         if first is not None:
             visible = visible & (past >= first[:, None])[:, None, None]  # (B, 1, n, m)
@@ -1010,7 +1028,7 @@ class VisualLM(nn.Module):
         return tokens, torch.tensor([longest - len(prompt) for prompt in prompts], device=device)
 
     def generate(self, text, cfg_scale=1.0, temperature=1.0, top_k=0, top_p=1.0, seed=0, progress=iter):
-        """Draw an image for every caption, "" for no caption -> codes (B, N), for `VQRAE.decode`.
+        """Draw an image for each caption of the list `text`, "" for no caption -> codes (B, N), for `VQRAE.decode`.
 
         The options are those of `extend`; the same seed and captions draw the same codes.
         """
@@ -1046,7 +1064,7 @@ class VisualLM(nn.Module):
                 tokens = torch.cat([V + codes[-1]] * (2 if guided else 1))[:, None]  # (B or 2B, 1)
         return torch.stack(codes, dim=1)  # (B, count)
 
-    def draw(self, x, head, pick):
+    def draw(self, x, head, pick):  # a method of its own, for in unitok.py a place has several codes
         """The codes (B,) that `pick` takes by the logits of what follows x (B or 2B, d): only codes may follow."""
         return pick(head(x).float())
 
@@ -1056,10 +1074,11 @@ class VisualLM(nn.Module):
 
     @contextmanager
     def quick_products(self):
-        """Inside, products are those of `few_rows`; it gives that of the head: (B, d) -> logits of codes (B, K).
+        """Inside, products are those of `few_rows`; yields the head's: (B, d) -> logits of codes (B, K).
 
-        What is laid out is kept, for the next image, until a weight changes; autograd's counter of changes in place
-        tells, which does not see those of a weight's `.data`.
+        The rearranged weights are kept for the next image until a weight changes. What tells is a weight's address and
+        `_version`, autograd's counter of changes in place, which misses those made through `.data`; weights made in
+        inference mode have no counter, and theirs are rearranged anew every time.
         """
         stamp = [None if weight.is_inference() else (weight.data_ptr(), weight._version)
                  for weight in self.parameters()]
@@ -1107,7 +1126,10 @@ class CaptionerConfig:
 
 
 class Captioner(nn.Module):
-    """A language model that reads an image's features Z_I in the place of words and continues with its caption."""
+    """A language model that reads an image's features Z_I in the place of words and continues with its caption.
+
+    The paper puts its encoder into ready ones (LLaVA-1.5, InternVL3); this is one small enough to be trained here.
+    """
 
     def __init__(self, config, text=None):
         super().__init__()
@@ -1142,7 +1164,7 @@ class Captioner(nn.Module):
 
     @torch.no_grad()
     def caption(self, images, most=80):
-        """The likeliest text, word by word, of each of the images (B, 3, H, W) -> B strings of up to `most` tokens."""
+        """Texts of images (B, 3, H, W), always the likeliest next token -> B strings of up to `most` tokens."""
         x, end = self.read(self.encoder(images)), self.lm.text.token_to_id(END_OF_TEXT)  # (B, N + 1, d)
         cache = KeyValueCache(self.config.lm, len(x), x.shape[1] + most, x.device, x.dtype)
         tokens = []
@@ -1150,7 +1172,7 @@ class Captioner(nn.Module):
             logits = self.lm.transform(x, cache=cache)[:, -1] @ self.lm.embedding.weight.T  # (B, V)
             tokens.append(logits.argmax(1))  # (B,)
             x = self.lm.embedding(tokens[-1])[:, None]  # (B, 1, d)
-            if all((row == end).any() for row in torch.stack(tokens, dim=1)):
+            if (torch.stack(tokens) == end).any(0).all():  # every text has ended
                 break
         rows = torch.stack(tokens, dim=1).tolist()
         return [self.lm.text.decode(row[:row.index(end)] if end in row else row).strip() for row in rows]
@@ -1178,8 +1200,8 @@ def text_of(record):
 # Section 3.5, "Visual Generation with VQRAE": it reads text and writes codes; how it is trained and asked
 # ----------------------------------------------------------------------------------------------------------------------
 
-# How pictures are drawn unless one asks for something else, chosen by measurement for the tiny preset: more guidance or
-# heat makes pictures more varied and less like what was asked for; the likeliest codes alone leave some pages blank.
+# The default sampling, chosen by measurement for the tiny preset: a higher temperature makes pictures more varied and
+# less like what was asked for; the likeliest codes alone leave some pages blank.
 SAMPLING = {"cfg_scale": 1.25, "temperature": 0.2}
 
 
@@ -1196,31 +1218,33 @@ def misread(codes, most, generator):
 
 
 def caption_of(record, style=True):
-    """What an image is asked for by: its style, if wanted, and caption, or the name of its class; "" for neither."""
+    """The words that ask for an image: its style, if wanted, and its caption or else its class; "" if it has none."""
     words = record.get("caption") or record.get("category", "").replace("_", " ")
     return f"{record['style']} {words}" if style and "style" in record else words
 
 
-# Of emoji that are called so, on average: hue, in turns of the colour wheel, and how far apart red, green and blue are.
+# Averages over the emoji called so: the hue, in turns of the colour wheel, and the largest less the smallest of red,
+# green and blue, out of 255.
 COLOURS = {"red": (0.99, 158), "orange": (0.08, 199), "yellow": (0.13, 169), "green": (0.27, 102),
            "blue": (0.57, 155), "purple": (0.76, 105)}
 
 
 def turn_colour(image, old, new):
-    """An image (1, 3, H, W) uint8 with the hue of `old` turned to `new`, two of COLOURS, and as strong as that is."""
+    """An image (1, 3, H, W) uint8, its hue turned from `old` to `new`, two of COLOURS, and as strong as `new` is."""
     turn = COLOURS[new][0] - COLOURS[old][0]
     image = pixels.adjust_hue(image, (turn + 0.5) % 1 - 0.5)
     spread = (image.amax(1) - image.amin(1)).float()  # (1, H, W)
-    strength = spread[spread > 40].mean().item()  # nan where all is grey
+    strength = spread[spread > 40].mean().item()  # nan where all is grey, of which the max below makes 1
     return pixels.adjust_saturation(image, max(1.0, COLOURS[new][1] / strength))
 
 
 @torch.no_grad()
 def recolour(model, images, places, device="cpu"):
-    """Images in other colours than their own: their codes (n, N) and records, such as a green apple's as "red apple".
+    """Images of an ImageSet in colours other than their own, as codes (n, N) and records: a green apple as "red apple".
 
-    Of an ImageSet, those of `places` whose caption begins with one of COLOURS; no caption that others of them have. In
-    a small set a colour is seen on a few things only, and so its word comes to mean those things.
+    Taken are the images at `places` whose caption begins with one of COLOURS, in each other colour unless an image
+    there already has that caption. In a small set a colour is seen on a few things only, and its word comes to mean
+    those things.
     """
     records = [images.records[place] for place in places]
     known, codes, found = {caption_of(record) for record in records}, [], []
@@ -1309,14 +1333,15 @@ def frechet_distance(x, y):
     """
     x, y = x.double(), y.double()
     # tr sqrt(A B) is the sum of the roots of the eigenvalues of the symmetric sqrt(A) B sqrt(A).
-    values, vectors = torch.linalg.eigh(x.T.cov())
-    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
-    cross = torch.linalg.eigvalsh(root @ y.T.cov() @ root).clamp(min=0).sqrt().sum()
-    distance = (x.mean(0) - y.mean(0)).pow(2).sum() + x.T.cov().trace() + y.T.cov().trace() - 2 * cross
+    cov_x, cov_y = x.T.cov(), y.T.cov()  # (d, d)
+    values, vectors = torch.linalg.eigh(cov_x)  # (d,), (d, d)
+    root = vectors * values.clamp(min=0).sqrt() @ vectors.T  # (d, d)
+    cross = torch.linalg.eigvalsh(root @ cov_y @ root).clamp(min=0).sqrt().sum()
+    distance = (x.mean(0) - y.mean(0)).pow(2).sum() + cov_x.trace() + cov_y.trace() - 2 * cross
     return distance.item()
 
 
-@torch.enable_grad()
+@torch.enable_grad()  # `understanding` calls it under no_grad
 def linear_probe(train_features, train_labels, tests, test_labels, strengths=(0.001, 0.01, 0.1)):
     """Multinomial logistic regression on standardised features (n, d) -> its accuracy in [0, 1] on each of `tests`.
 
@@ -1363,10 +1388,10 @@ def understanding(model, teacher, train_images, test_images, batch_size=64, devi
 
     continuous: the model's Z_I; discrete: the features that its codes stand for, if it has codes; both, and the frozen
     teacher's, as the mean over an image's tokens. For those of the `keys` that the records of the two ImageSets have:
-    NAME_transfer is the accuracy of a probe fitted to the teacher's training features and applied unchanged (the
-    paper's "without retraining"), NAME_probe that of one fitted to these features, NAME_neighbours that of 10 nearest
-    neighbours. cosine is the mean similarity of a token to the teacher's. Empty when there are fewer than
-    two labels.
+    NAME_transfer is the accuracy of a probe fitted to the teacher's training features and applied unchanged (Section
+    3.4: the language model is not trained for the tokenizer), NAME_probe that of one fitted to these features,
+    NAME_neighbours that of 10 nearest neighbours. cosine is the mean similarity of a token to the teacher's. Empty
+    when there are fewer than two labels.
     """
     names = {}
     for key in keys:
@@ -1531,7 +1556,7 @@ def find_images(folder):
 
 
 def held_out(count):
-    """The places, among so many, of validation images where nobody has chosen any: a twentieth, at random, not none."""
+    """Which of `count` images to validate on where the data do not say: a fixed random twentieth, at least one."""
     return set(np.random.RandomState(0).permutation(count)[:max(1, count // 20)].tolist()) if count > 1 else set()
 
 
@@ -1939,7 +1964,7 @@ class ShardStream(ImageSet, torch.utils.data.IterableDataset):
         raise InputError(f"{self.folder} is streamed, so its images cannot be asked for one by one: fetch the shards "
                          "into a folder")
 
-    fingerprint = records.fget
+    fingerprint = records.fget  # raises the same InputError
 
     def names(self):
         return "\n".join(self.sources).encode()
@@ -2015,7 +2040,8 @@ def check_fields(config, at_least_1=()):
     for entry in fields(config):
         name, value, kind = entry.name, getattr(config, entry.name), entry.type
         if kind is int:
-            good = type(value) is int and (name in at_least_1) <= value <= (1000 if name == "depth" else 2**24)
+            least, most = int(name in at_least_1), 1000 if name == "depth" else 2**24
+            good = type(value) is int and least <= value <= most
         elif kind is float:
             good = type(value) in (int, float) and 0 <= value <= 1e12
         elif kind is tuple:
@@ -2455,13 +2481,13 @@ class GenerationConfig(LanguageConfig):
 
 @dataclass(kw_only=True)
 class CaptionConfig(LanguageConfig):
-    """Settings of stage caption."""
+    """Settings of stage caption. Table 8 tunes a ready language model; here a small one is trained from scratch."""
 
     encoder: str = setting("the encoder that is read")
     image_size: int = setting("side of the images", most=16384)
 
 
-# What the sizes of a Qwen3 checkpoint, and what a model of stage 1 for stage 2, have fixed.
+# Settings that a Qwen3 checkpoint brings with it, and settings that stage 2 takes over from the model of stage 1.
 FIXED_BY_QWEN3 = ("text_vocabulary", "width", "depth", "heads", "kv_heads", "head_width", "mlp_width")
 
 FIXED_BY_STAGE_1 = ("encoder", "image_size", "output_patch_size", "quantizer", "codebook_size", "codebook_dim",
@@ -2500,12 +2526,12 @@ TINY = TrainingConfig(
     ema_decay=0.999,
 )
 
-# A Qwen3 of two CPU cores' size. `adam_epsilon` is Table 9's.
+# A Qwen3 small enough for two CPU cores. `adam_epsilon` is Table 9's.
 TINY_LM = dict(qwen3=None, text_vocabulary=1024, width=256, depth=6, heads=4, kv_heads=2, head_width=64, mlp_width=768,
                data=TINY.data, accumulate=1, muon_learning_rate=0.0, max_grad_norm=1.0, warmup_steps=100,
                end_factor=0.01, adam_epsilon=1e-15)
 
-# Table 7, with the decisions of the README where it is silent. The starts of codebook and projections are such.
+# Table 7, with the README's decisions where it is silent, among them how codebook and projections start.
 PAPER_1 = replace(
     TINY,
     data=str(ROOT / "data/photos"),
