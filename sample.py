@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 import unitok
 import vqrae
-from train import choose_device, number, one_sentence_errors, refuse_dashes
+from train import choose_device, number, one_sentence_errors, refuse_dashes, replace_text
 from vqrae import InputError
 
 
@@ -121,7 +121,7 @@ def fill_in(args, kind, what):
 
 def evaluate(args, device):
     """Print the metrics of a tokenizer, a generator or a captioner as a table, then as one JSON line."""
-    config = vqrae.read_json(args.model / "config.json") if args.model.is_dir() else {}
+    config = vqrae.read_config(args.model / "config.json") if args.model.is_dir() else {}
     kind = "generator" if "text_vocabulary" in config else "captioner" if "lm" in config else "tokenizer"
     fill_in(args, kind, f"a {kind}, and {args.model} holds one")
     run = {"tokenizer": evaluate_tokenizer, "generator": evaluate_generator, "captioner": evaluate_captioner}[kind]
@@ -386,7 +386,7 @@ def export(args, device):
         model.save_pretrained(args.out / "tokenizer")
         class_name = vqrae.read_json(args.out / "encoder/config.json")["architectures"][0]
         print(f"{args.out}/encoder: for transformers.{class_name}.from_pretrained; {args.out}/tokenizer: for "
-              "vqrae.VQRAE.from_pretrained")
+              f"{type(model).__module__}.{type(model).__name__}.from_pretrained")
         return
     if model.config.quantizer == "none":
         raise InputError(f"the model in {args.model} has no codes (--quantizer none)")
@@ -407,13 +407,11 @@ def export(args, device):
         places = vqrae.read_safetensors(path)["places"].tolist()
         shards.append({"file": path.name, "images": len(places), "names": [records[i].get("name") for i in places],
                        "captions": [vqrae.caption_of(records[i]) for i in places]})
-    rows, columns = (args.image_size // model.config.encoder.patch_size,) * 2
+    tokens = (args.image_size // model.config.encoder.patch_size) ** 2
     index = {"codebook_size": model.config.codebook_size, "codebooks": getattr(model.config, "codebooks", 1),
-             "tokens_per_image": rows * columns, "digest": digest,
-             "shards": shards}
-    with vqrae.replacing(args.out / "index.json") as part:
-        part.write_text(json.dumps(index))
-    print(f"{args.out}/index.json: {sum(shard['images'] for shard in shards)} images of {rows * columns} tokens in "
+             "tokens_per_image": tokens, "digest": digest, "shards": shards}
+    replace_text(args.out / "index.json", json.dumps(index))
+    print(f"{args.out}/index.json: {sum(shard['images'] for shard in shards)} images of {tokens} tokens in "
           f"{len(shards)} shards")
 
 
@@ -463,6 +461,7 @@ def export_onnx(args, model):
     resized.encoder.config = replace(encoder.config, image_size=side)
     graphs = {"encode": ToCodes(resized), "decode": ToImages(resized)}
     args.out.mkdir(parents=True, exist_ok=True)
+    worst = 0.0
     for name, (given, answer) in expected.items():
         path = args.out / f"{name}.onnx"
         torch.onnx.export(graphs[name].eval(), (given[:2],), path, dynamo=True, verbose=False, dynamic_shapes=(
@@ -472,10 +471,11 @@ def export_onnx(args, model):
         for some in (slice(0, 1), slice(0, 3)):  # other batches than it was written with
             found = torch.from_numpy(session.run(None, {session.get_inputs()[0].name: given[some].numpy()})[0])
             gap = (found - answer[some]).abs().max().item()
+            worst = max(worst, gap)  # of the images: codes that differ at all end here
             if gap > (0 if name == "encode" else 1e-4):
                 raise InputError(f"{path} does not say what torch says, but something else by up to {gap}")
     print(f"{args.out}/encode.onnx and decode.onnx, for batches of {side} x {side} pixels: onnxruntime's codes equal "
-          f"torch's, and its images to within {gap:.1e}")
+          f"torch's, and its images to within {worst:.1e}")
 
 
 def codes(args, device):
@@ -547,8 +547,8 @@ def parse_args(argv=None):
                              help="show last what this model of --stage ar writes from the images' captions")
         if command in (evaluate, caption):
             sub.add_argument("--encoder", nargs="+" if command is evaluate else 1, default=[], metavar="MODEL",
-                             help="of a captioner: an encoder, or a VQRAE with one, to read in place of its own, "
-                             "or in turn")
+                             help="of a captioner: encoders, or VQRAEs whose encoder is taken, to read with in place "
+                             "of its own, one after the other")
         if command is evaluate:
             sub.add_argument("--frechet-encoder", default=str(vqrae.ROOT / "data/tiny_vit"),
                              help="whose mean patch features the Frechet distance compares; it is named after it")

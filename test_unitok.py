@@ -122,7 +122,7 @@ def test_the_search_ignores_autocast(kind, codebooks, seed):
 def test_codes_of_every_codebook_that_start_on_data_are_in_use(kind, codebooks, seed):
     quantizer, _ = make_quantizer(kind, codebooks, seed)
     z = torch.randn(400, 4 * codebooks) + 5
-    unitok.start(quantizer, z, torch.Generator().manual_seed(seed))
+    quantizer.start(z, torch.Generator().manual_seed(seed))
     for chosen in quantizer(z)[1].T:
         assert len(chosen.unique()) == 6
 
@@ -179,7 +179,7 @@ def test_every_depth_of_rq_takes_the_nearest_code_to_what_is_left_by_float64_bru
 @given(seeds)
 def test_to_add_nothing_stays_a_choice_of_rq_whatever_it_learns(seed):
     quantizer, z = make_quantizer("rq", 3, seed)
-    unitok.start(quantizer, z, torch.Generator().manual_seed(seed))
+    quantizer.start(z, torch.Generator().manual_seed(seed))
     optimizer = torch.optim.AdamW(quantizer.parameters(), lr=0.1)
     for _ in range(3):
         _, _, codebook_loss, commitment_loss = quantizer(z)

@@ -6,6 +6,7 @@ Hypothesis draws shapes, seeds and values. What is compared is an independent re
 transformers, scikit-image, scipy, or the lpips package, on random weights; nothing is downloaded.
 """
 
+import argparse
 import copy
 import functools
 import importlib.util
@@ -1197,6 +1198,13 @@ def test_what_needs_images_by_number_says_that_streamed_ones_have_none(caption_r
     write_shards(tmp_path / "shards", 3, 4)
     with pytest.raises(SystemExit, match="is streamed, so its images cannot be asked for one by one"):
         train.main(caption_run + ["--data", f"file:{tmp_path}/shards/some-{{000000..000002}}.tar"])
+
+
+def test_captions_of_streamed_images_cannot_supervise(short_run, tmp_path):
+    write_shards(tmp_path / "shards", 3, 4)
+    with pytest.raises(SystemExit, match="is streamed, so its images cannot be asked for one by one"):
+        train.main(short_run + ["--contrastive", "sigmoid", "--data",
+                                f"file:{tmp_path}/shards/some-{{000000..000002}}.tar"])
 
 
 def test_without_the_webdataset_package_a_pattern_is_a_sentence(monkeypatch):
@@ -2593,6 +2601,34 @@ def test_an_ablation_refuses_what_it_would_have_to_ignore(extra, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("arguments, sentence", [
+    (["strategy", "--adversarial-weight", "0.1"], "--ablate strategy chooses --adversarial-weight itself"),
+    (["supervision", "--contrastive", "none"], "--ablate supervision is about captions"),
+    (["supervision", "--preset", "qwen3-0.6b"], "--preset qwen3-0.6b has no settings for --stage 1"),
+])
+def test_what_an_ablation_cannot_do_is_one_sentence(arguments, sentence, tmp_path):
+    with pytest.raises(SystemExit, match=sentence):
+        train.main(["--ablate", *arguments, "--out", str(tmp_path / "out")])
+
+
+def test_a_row_of_an_ablation_does_not_go_on_from_a_stage_of_other_settings(short_run, tmp_path):
+    def run_row(steps):
+        args = train.parse_args(["--ablate", "codebook", *short_run[2:], "--steps", steps])
+        config = train.settings_for(argparse.Namespace(**{**vars(args), "stage": "1"}), "1")
+        return train.run_row(args, tmp_path / "row", 0, [("1", config)])
+
+    assert run_row("2") == run_row("2")  # what is done is not done again
+    with pytest.raises(InputError, match="continues a run with its own settings"):
+        run_row("3")
+
+
+def test_the_collapse_is_drawn_and_its_codes_in_use_are_told(short_run, tmp_path, capsys):
+    train.main(["--ablate", "collapse", *short_run[2:]])
+    told = re.findall(r"(\d+) codes in use at step 0", capsys.readouterr().out)
+    assert len(told) == 4 and all(1 <= int(count) <= 32 for count in told)
+    assert Image.open(tmp_path / "run/collapse.png").size[0] > 200
+
+
 def test_flags_do_not_turn_one_strategy_into_another():
     args = train.parse_args(["--ablate", "strategy", "--distillation-weight", "0.5", "--encoder-learning-rate", "0.1"])
     first = [stages[0][1] for _, _, stages in train.strategy_rows(args)][::3]
@@ -2813,6 +2849,13 @@ def test_a_model_of_another_kind_is_one_sentence(written_models, arguments, sent
     with pytest.raises(SystemExit, match=sentence) as error:
         sample.main([part.format(**written_models) for part in arguments])
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("command, sentence", [("evaluate", "holds no JSON object"), ("codes", "does not describe a")])
+def test_a_config_that_is_no_object_is_one_sentence(saved_model, command, sentence):
+    (saved_model / "config.json").write_text("7")
+    with pytest.raises(SystemExit, match=sentence):
+        sample.main([command, "--model", str(saved_model)])
 
 
 def test_the_exported_encoder_and_tokenizer_are_those_of_the_model(saved_model, tmp_path):

@@ -33,6 +33,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from matplotlib.figure import Figure
 from torch import nn
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -77,9 +78,8 @@ def parse_args(argv=None):
     add("--init", type=Path, help="stage 2: the model of stage 1 to start from (default: out/stage1)")
     add("--preset", choices=list(vqrae.PRESETS), default="tiny", help="the settings that the flags below change")
     for name, field in SETTINGS.items():
-        kind = field.type if field.type in (str, float) else str if field.type == str | None else int
-        if kind is not str:
-            kind = number(kind, field.metadata["zero"], field.metadata["most"])
+        kind = str if field.type in (str, str | None) else number(
+            float if field.type is float else int, field.metadata["zero"], field.metadata["most"])
         add(f"--{name.replace('_', '-')}", type=kind, choices=field.metadata["choices"], help=field.metadata["help"])
     add("--seed", type=whole, default=0, help="of weights, order and crops: the same seed gives the same run")
     add("--out", type=Path, default=None,
@@ -90,11 +90,11 @@ def parse_args(argv=None):
     add("--log-every", type=count, default=50, metavar="N", help="steps between lines of metrics.jsonl")
     add("--evaluate-every", type=count, default=600, metavar="N", help="steps between held-out evaluations")
     add("--workers", type=number(int, zero=True, most=1024), default=None,
-        help="processes that read images (default: 0 for shipped data)")
+        help="processes that read images (default: 0 for shipped data, up to 4 for other)")
     add("--device", default="auto", help="auto, cuda, mps or cpu")
     add("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="auto: bf16 where the device has it")
-    add("--shard", action="store_true", help="with torchrun: share weights, gradients and AdamW's averages out over "
-        "the processes (FSDP2), for what one GPU cannot hold")
+    add("--shard", action="store_true", help="with torchrun: split weights, gradients and AdamW's averages among the "
+        "processes (FSDP2), for models that one GPU cannot hold")
     add("--compile", action="store_true", help="torch.compile: slower to start, faster steps")
     add("--benchmark", action="store_true", help="time steady steps, print one JSON line, train nothing")
     add("--print-config", action="store_true", help="print all settings as JSON and stop")
@@ -200,6 +200,7 @@ class Run:
     """
 
     FOLDERS = ("data", "encoder", "tokenizer", "qwen3")  # settings that may move between the parts of a run
+    with_places = False  # whether `batches` tells the places of images in their set
 
     def __init__(self, args, config):
         self.args, self.config = args, config
@@ -223,10 +224,11 @@ class Run:
         workers = 0 if self.train_images.from_sheets else min(4, os.cpu_count() or 1)
         self.workers = workers if self.args.workers is None else self.args.workers
 
-    def order(self):
-        """The keys of the training images from here on that are this rank's."""
-        return vqrae.TrainingOrder(len(self.train_images), self.args.seed, self.done * self.config.batch_size,
-                                   self.rank, self.ranks)
+    def batches(self):
+        """This rank's share of the training images from here on, with their places in the set if `with_places`."""
+        order = vqrae.TrainingOrder(len(self.train_images), self.args.seed, self.done * self.config.batch_size,
+                                    self.rank, self.ranks)
+        return self.train_images.batches(order, self.config.batch_size // self.ranks, self.workers, self.with_places)
 
     def over_ranks(self, tensors, operation="mean"):
         """Replace every tensor by its "mean", "sum" or "max" over all ranks; alone there is nothing to do."""
@@ -263,7 +265,7 @@ class Run:
         state = self.optimizers["optimizer"].state_dict()
         for module in self.model.modules():
             if isinstance(module, (vqrae.Block, vqrae.CausalBlock)):
-                fully_shard(module, mesh=mesh)  # gathered when its turn comes, and let go behind it
+                fully_shard(module, mesh=mesh)  # gathered when its turn comes, and released after it
         fully_shard(self.model, mesh=mesh)
         if self.plain_forward is not self.model:
             register_fsdp_forward_method(self.model, "loss")
@@ -289,7 +291,7 @@ class Run:
     def make_optimizers(self, module, learning_rate):
         """AdamW for what a module trains: a VQRAE's encoder at its own rate, no decay for vectors and embeddings.
 
-        With --muon-learning-rate the matrices in blocks that did not come pretrained are Muon's.
+        With --muon-learning-rate the matrices under a name with ".blocks." that did not come pretrained are Muon's.
         """
         groups, config, blocks = {}, self.config, []
         for name, parameter in module.named_parameters():
@@ -322,7 +324,7 @@ class Run:
         self.average.save_pretrained(self.args.out)
 
     def schedule(self, step, start=0):
-        """Share of its highest learning rate that a part has which sets in at `start`: linear warm-up, then cosine.
+        """What share of its highest learning rate a part that starts at step `start` has: linear warm-up, then cosine.
 
         Table 7 writes one end rate for all parts; the code it adapts scales each by the same factor, and so does this.
         """
@@ -338,7 +340,7 @@ class Run:
         return torch.Generator().manual_seed((self.args.seed * 2**40 + self.done) % 2**63)
 
     def descend(self, losses, *others):
-        """One update of weights and average; InputError, before anything changes, when a loss is not finite.
+        """One update of weights and average; InputError, before any weight changes, when a loss is not finite.
 
         losses(part) computes the loss of a slice of the batch, its other terms, and whatever gradients are not the
         loss's. others: what else is trained, as the name of its gradient's norm, its parameters, their optimizers, and
@@ -414,15 +416,15 @@ class Run:
     def save(self):
         """Write the checkpoint, then put it in the place of the one before, which stays beside it.
 
-        The first rank writes; with --shard all ranks must call this, for what they hold is brought together.
+        The first rank writes; with --shard all ranks must call this, for what they hold is brought together. Of the log
+        line under way it keeps its own part alone.
         """
         self.gather()
         parts = {name: gathered(part.state_dict()) for name, part in self.parts.items()}
         if self.rank > 0:
             return
         state = {"settings": self.settings(), "done": self.done, "seconds": self.seconds, "window": self.window,
-                 "lines": self.lines, "rng": torch.get_rng_state(),
-                 **parts}
+                 "lines": self.lines, "rng": torch.get_rng_state(), **parts}
         if self.device.type == "cuda":
             state["cuda_rng"] = torch.cuda.get_rng_state()
         last, previous = self.checkpoints
@@ -477,6 +479,7 @@ class TokenizerRun(Run):
     def __init__(self, args, config):
         super().__init__(args, config)
         if args.stage == "1":
+            self.read_images(config.image_size)
             model = self.new_model()
         else:
             self.init = args.init or Path("out/stage1")
@@ -484,7 +487,7 @@ class TokenizerRun(Run):
             for name in vqrae.FIXED_BY_STAGE_1:
                 setattr(config, name, getattr(model.config, name, None))
             self.init_digest = hashlib.sha256((self.init / "model.safetensors").read_bytes()).hexdigest()
-        self.read_images(config.image_size)
+            self.read_images(config.image_size)
 
         # The teacher T is the encoder as it is now. As long as the encoder is frozen they are one.
         encoder_trains = config.encoder_learning_rate > 0
@@ -493,10 +496,8 @@ class TokenizerRun(Run):
         model.encoder.requires_grad_(encoder_trains)
         self.distils = encoder_trains and config.distillation_weight > 0
         model.to(self.device)
-        self.perceptual = {"vfm": lambda: vqrae.VFMPerceptual(self.teacher), "lpips-convnext": vqrae.PaperPerceptual,
-                           "none": lambda: None}[config.perceptual]()
-        if config.perceptual == "lpips-convnext":
-            self.perceptual.to(self.device)
+        self.perceptual = {"none": lambda: None, "vfm": lambda: vqrae.VFMPerceptual(self.teacher),
+                           "lpips-convnext": lambda: vqrae.PaperPerceptual().to(self.device)}[config.perceptual]()
 
         self.set_up(model, model)
         self.tokens_per_image = (config.image_size // model.config.encoder.patch_size) ** 2
@@ -563,9 +564,6 @@ class TokenizerRun(Run):
         if isinstance(self.average, unitok.UniTok):
             self.average.fit_reading(self.train_images, 64, self.device, self.workers)
         super().export()
-
-    def batches(self):
-        return self.train_images.batches(self.order(), self.config.batch_size // self.ranks, self.workers)
 
     def supervise(self, loss, terms, out, part):
         """What a stage adds to the loss of a part of the batch and to its terms: here nothing."""
@@ -654,10 +652,12 @@ class TokenizerRun(Run):
 class UniTokRun(TokenizerRun):
     """Stage 1 of a model of `unitok.py`: other quantizers and projections, and captions as a second supervision."""
 
+    with_places = True
+
     def build(self, sizes):
         config, tower, text = self.config, None, None
         if config.contrastive != "none":
-            texts = [unitok.words_of(record) for record in vqrae.ImageSet(config.data, "train", 64).records]
+            texts = [unitok.words_of(record) for record in self.train_images.records]
             if not any(texts):
                 raise InputError(f"--contrastive needs captions: put the images in {config.data} into one folder per "
                                  "class")
@@ -666,9 +666,6 @@ class UniTokRun(TokenizerRun):
         return unitok.UniTok(unitok.UniTokConfig(
             **sizes, codebooks=config.codebooks, projection=config.projection, latent_noise=config.latent_noise,
             text=tower), text)
-
-    def batches(self):
-        return self.train_images.batches(self.order(), self.config.batch_size // self.ranks, self.workers, indices=True)
 
     def step(self, batch):
         """One update on uint8 images and their places in the training set."""
@@ -724,8 +721,8 @@ class GenerationRun(Run):
         self.digest = hashlib.sha256(self.codes["train"].numpy().tobytes() + self.codes["val"].numpy().tobytes())
         self.tokens_per_image = self.codes["train"].shape[1]
         texts = [vqrae.caption_of(record) for record in self.records["train"]]
-        if not any(texts):
-            print("no captions: images lie in no folder of a class, so the model learns to write images of no name")
+        if not any(texts) and self.rank == 0:
+            print("no captions: the images are not in folders of classes, so the model learns to write images unasked")
         torch.manual_seed(args.seed)  # again: reading images has drawn from it, reading cached codes has not
         model = language_model(config, texts, self.tokenizer.config.codebook_size, self.tokens_per_image)
         if self.codes["train"].dim() == 3:  # several codes at every place
@@ -801,6 +798,8 @@ class GenerationRun(Run):
 class CaptionRun(Run):
     """Stage caption, Section 3.4: a transformer learns to write captions of a frozen encoder's features."""
 
+    with_places = True
+
     def __init__(self, args, config):
         super().__init__(args, config)
         encoder = vqrae.load_encoder(config.encoder)
@@ -818,9 +817,6 @@ class CaptionRun(Run):
         self.set_up(model, model.loss)
         self.tokens_per_image = (config.image_size // encoder.config.patch_size) ** 2
 
-    def batches(self):
-        return self.train_images.batches(self.order(), self.config.batch_size // self.ranks, self.workers, indices=True)
-
     def settings(self):
         weights = hashlib.sha256()
         for _, tensor in sorted(self.model.encoder.state_dict().items()):
@@ -828,30 +824,24 @@ class CaptionRun(Run):
         return {**super().settings(), "encoder (SHA-256)": weights.hexdigest(),
                 "text tokenizer (SHA-256)": hashlib.sha256(self.model.lm.text.to_str().encode()).hexdigest()}
 
-    def loss(self, forward, images, batch, places):
+    def captions_of(self, images, places):
+        """The captions of some images, and how many tokens each has: the loss is a mean over tokens."""
         captions = [vqrae.text_of(images.records[place]) for place in places]
-        return forward(batch.to(self.device).float() / 255, captions)
-
-    def token_count(self, images, places):
-        """How many tokens the captions of these images have, over which their loss is a mean."""
-        return sum(len(self.model.tokens(vqrae.text_of(images.records[place]))) for place in places)
+        return captions, [len(self.model.tokens(caption)) for caption in captions]
 
     def step(self, batch):
         """One update on uint8 images and their places in the training set."""
         images, places = batch
-
-        def tokens_per_image(places):
-            return self.token_count(self.train_images, places) / len(places)
-
+        captions, tokens = self.captions_of(self.train_images, places)
         # Parts and ranks are weighed by their images, and this loss is a mean over tokens.
-        usual = torch.tensor(tokens_per_image(places), dtype=torch.float64,
+        usual = torch.tensor(sum(tokens) / len(tokens), dtype=torch.float64,
                              device=self.device if self.ranks > 1 else "cpu")
         self.over_ranks([usual])
 
         def losses(part):
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-                loss = self.loss(self.forward, self.train_images, images[part], places[part])
-            return loss * (tokens_per_image(places[part]) / usual.item()), {}
+                loss = self.forward(images[part].to(self.device).float() / 255, captions[part])
+            return loss * (sum(tokens[part]) / len(tokens[part]) / usual.item()), {}
 
         self.descend(losses)
 
@@ -860,8 +850,9 @@ class CaptionRun(Run):
         """The averaged model's loss on the held-out images."""
         images, total, count = self.val_images, 0.0, 0
         for batch, places in images.batches(range(len(images)), 64, self.workers, indices=True):
-            tokens = self.token_count(images, places)
-            total, count = total + tokens * self.loss(self.average.loss, images, batch, places).item(), count + tokens
+            captions, tokens = self.captions_of(images, places)
+            loss = self.average.loss(batch.to(self.device).float() / 255, captions)
+            total, count = total + sum(tokens) * loss.item(), count + sum(tokens)
         return {"val_loss": total / count}
 
     def summary(self):
@@ -926,11 +917,6 @@ def write_log(path, lines):
 
 def draw_curves(lines, path):
     """Loss terms, PSNR, use of the codebook and norms over the steps, as one picture."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     panels = {"loss terms": ["loss", "mse", "perceptual", "codebook", "commitment", "distillation", "contrastive",
                               "val_loss"],
               "PSNR, dB": ["train_psnr", "val_psnr"], "utilization": ["train_utilization", "val_utilization"],
@@ -940,7 +926,8 @@ def draw_curves(lines, path):
     panels = {title: names for title, names in panels.items() if kept.intersection(names)}
     if len(panels) > 2:
         del panels["gradient"]  # there is more to look at
-    figure, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 3.2))
+    figure = Figure(figsize=(4 * len(panels), 3.2))
+    axes = figure.subplots(1, len(panels))
     for axis, (title, names) in zip(axes, panels.items()):
         for name in names:
             points = [(line["step"], line[name]) for line in lines if name in line]
@@ -953,7 +940,6 @@ def draw_curves(lines, path):
             axis.legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=90)
-    plt.close(figure)
 
 
 def start_or_resume(run):
@@ -982,7 +968,7 @@ def start_or_resume(run):
     if args.shard:
         run.share_out()
     if first:
-        write_log(args.out / "metrics.jsonl", run.lines)  # without what was written behind the last checkpoint
+        write_log(args.out / "metrics.jsonl", run.lines)  # without what was written after the last checkpoint
 
 
 def report(run, line, bar):
@@ -1004,8 +990,8 @@ def train(run):
     """The loop: steps, log lines, evaluations, checkpoints; then the final figures and pictures."""
     args, config, first, begin = run.args, run.config, run.rank == 0, time.time()
     start_or_resume(run)
-    earlier, batches = run.seconds, iter(run.batches())
-    timed_steps, timer, saved = 0, time.time(), run.done
+    begin -= run.seconds  # as if the parts before this one had come just before it
+    batches, timed_steps, timer, saved = iter(run.batches()), 0, time.time(), run.done
     with stop_signals() as stopped, tqdm(total=config.steps, initial=run.done, desc=f"stage {args.stage}", unit="step",
                                          dynamic_ncols=True, mininterval=1, disable=not first) as bar:
         while run.done < config.steps and not run.any_rank(stopped):
@@ -1025,10 +1011,10 @@ def train(run):
                     report(run, line, bar)
                 timer = time.time()
             if run.done % args.checkpoint_every == 0 or last:
-                run.seconds, saved = earlier + time.time() - begin, run.done
+                run.seconds, saved = time.time() - begin, run.done
                 run.save()
         if saved < run.done:
-            run.seconds = earlier + time.time() - begin
+            run.seconds = time.time() - begin
             run.save()
     if not first:
         del batches  # its processes would go on reading
@@ -1040,7 +1026,7 @@ def train(run):
     if run.done < config.steps:
         print(f"stopped after step {run.done} of {config.steps}; the same command with --resume goes on from here")
         sys.exit(130)
-    finish(run, earlier, begin)
+    finish(run, begin)
 
 
 @contextmanager
@@ -1056,7 +1042,7 @@ def stop_signals():
             signal.signal(name, handler)
 
 
-def finish(run, earlier, begin):
+def finish(run, begin):
     """Final evaluation of the averaged weights; write the model, summary.json and the pictures."""
     out, lines = run.args.out, run.lines
     run.export()
@@ -1065,7 +1051,7 @@ def finish(run, earlier, begin):
     write_log(out / "metrics.jsonl", lines)
     draw_curves(lines, out / "curves.png")
     picture = run.draw()
-    seconds = earlier + time.time() - begin
+    seconds = time.time() - begin
     steady = [line["images_per_second"] for line in lines[1:] or lines]  # the first line has torch's warm-up in it
     settings = {name: value for name, value in run.settings().items() if name != "encoder"}
     summary.update(seconds=seconds, images_per_second=sum(steady) / len(steady), preset=run.args.preset,
@@ -1172,6 +1158,7 @@ def strategy_rows(args):
 
     All rows take the same number of steps and no adversarial loss; the first row, a frozen encoder, is not the paper's.
     """
+    refuse_chosen(args, "adversarial_weight")
     rate = settings_for(args, "2").encoder_learning_rate
     half = max(1, (args.steps or 400) // 2)
 
@@ -1219,6 +1206,9 @@ def supervision_rows(args):
     """UniTok's Table 6: what the encoder, free to move, learns from pixels, from captions, and from both."""
     refuse_chosen(args, "quantizer", "codebooks", "codebook_dim", "contrastive_weight", "reconstruction_weight",
                   "encoder_learning_rate")
+    if args.contrastive == "none":
+        raise InputError("--ablate supervision is about captions: --contrastive is sigmoid or softmax here")
+    settings_for(args, "1")  # InputError for a preset that has no such stage
     rate = vqrae.PRESETS[args.preset]["2"].encoder_learning_rate
     for name, changes in {
         "reconstruction": {"contrastive_weight": 0.0},
@@ -1283,7 +1273,9 @@ def run_row(args, folder, seed, configs):
         run = make_run(argparse.Namespace(**{
             **vars(args), "stage": stage, "seed": seed, "init": init, "resume": True, "out": folder / f"stage{stage}"}),
             config)
-        if not (run.args.out / "summary.json").exists():
+        if (run.args.out / "summary.json").exists():
+            run.load()  # InputError when it ran with other settings
+        else:
             train(run)
     result = vqrae.read_json(run.args.out / "summary.json")
     if args.ablate != "codebook":
@@ -1312,15 +1304,11 @@ def collapse(args):
 
     Features of held-out tokens and codes are seen along the two directions in which features vary most at the start.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     refuse_chosen(args, "quantizer", "codebook_init")
     steps = args.steps or 200
     shown = [0, steps // 20, steps // 4, steps]
-    figure, axes = plt.subplots(len(COLLAPSE), len(shown) + 1, figsize=(3 * len(shown) + 4, 2.6 * len(COLLAPSE)))
+    figure = Figure(figsize=(3 * len(shown) + 4, 2.6 * len(COLLAPSE)))
+    axes = figure.subplots(len(COLLAPSE), len(shown) + 1)
     for row, (title, changes) in zip(axes, COLLAPSE.items()):
         run = make_run(argparse.Namespace(**{**vars(args), "stage": "1"}),
                        replace(ablated_settings(args, "1"), steps=steps, **changes))
@@ -1335,7 +1323,7 @@ def collapse(args):
                     used.append((step, len(chosen)))
                     if step == 0:
                         centre, (_, _, axis) = z.mean(0), torch.pca_lowrank(z, 2)  # (e,), (e, 2)
-                        corner = ((z - centre) @ axis).abs().quantile(0.995, dim=0).cpu()  # (2,)
+                        corner = ((z - centre) @ axis).abs().quantile(0.995, dim=0).tolist()
                     if step in shown:
                         codes = run.model.quantizer.lookup(torch.arange(run.config.codebook_size, device=z.device))
                         panel, in_use = next(panels), set(chosen.tolist())
@@ -1356,13 +1344,13 @@ def collapse(args):
     args.out.mkdir(parents=True, exist_ok=True)
     figure.tight_layout()
     figure.savefig(args.out / "collapse.png", dpi=80)
-    plt.close(figure)
     print(f"{args.out}/collapse.png: {len(images)} held-out images, {len(z):,} tokens")
 
 
 def write_ablation(args, results, columns, shown):
     """table.md (means over seeds, with the standard deviation) and plot.png."""
-    lines = []
+    names = [key for key, _ in next(iter(results))] + ["seeds"] + columns
+    lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
     for keys, rows in results.items():
         cells = [str(value) for _, value in keys] + [str(len(rows))]
         for column in columns:
@@ -1370,18 +1358,11 @@ def write_ablation(args, results, columns, shown):
             digits = {"val_psnr": 2, "seconds": 0, "bits_per_image": 0}.get(column, 1 if "perplexity" in column else 3)
             spread = f" ± {values.std():.{digits}f}" if len(values) > 1 else ""
             cells.append(f"{values.mean():.{digits}f}{spread}" if len(values) else "-")
-        if not lines:
-            names = [key for key, _ in keys] + ["seeds"] + columns
-            lines += ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
         lines.append("| " + " | ".join(cells) + " |")
     replace_text(args.out / "table.md", "\n".join(lines) + "\n")
     print("\n".join(lines))
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, len(shown), figsize=(4 * len(shown), 3.4))
+    figure = Figure(figsize=(4 * len(shown), 3.4))
+    axes = figure.subplots(1, len(shown))
 
     def mean(rows, column):
         return sum(row.get(column, math.nan) for row in rows) / len(rows)
@@ -1406,7 +1387,6 @@ def write_ablation(args, results, columns, shown):
             axis.tick_params(labelleft=axis is axes[0])
     figure.tight_layout()
     figure.savefig(args.out / "plot.png", dpi=90)
-    plt.close(figure)
     print(f"{args.out}/table.md and {args.out}/plot.png")
 
 

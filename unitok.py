@@ -38,15 +38,15 @@ class CosineVQ(vqrae.VectorQuantizer):
         return super().forward(F.normalize(z.float(), dim=-1))
 
     def start(self, z, generator):
-        vqrae.start_codebook(self, F.normalize(z, dim=-1), generator=generator)
+        super().start(F.normalize(z, dim=-1), generator)
 
 
 class MultiCodebook(nn.Module):
     """Channels in M equal chunks, each with a small codebook of its own, instead of one large codebook for all.
 
-    M codes of S each tell S^M tokens apart, where one codebook with as many codes tells M * S apart; and a search
-    among S codes of few dimensions is cheap. The losses are means over the codebooks. `single` makes each of them:
-    UniTok's is CosineVQ.
+    M codebooks of S codes each tell S^M tokens apart, where one codebook with as many codes tells M * S apart; and a
+    search among S codes of few dimensions is cheap. The losses are means over the codebooks. `single` makes each of
+    them: UniTok's is CosineVQ.
     """
 
     def __init__(self, codebooks, codebook_size, dim, beta=0.25, beta_side="commitment", single=CosineVQ):
@@ -70,15 +70,7 @@ class MultiCodebook(nn.Module):
     def start(self, z, generator):
         """Codes start as k-means centres of their chunks of z (n, e)."""
         for part, chunk in zip(self.parts, z.chunk(len(self.parts), dim=-1)):
-            start(part, chunk, generator)
-
-
-def start(quantizer, z, generator):
-    """Start the codes of any quantizer from data, z (n, e): its own way, or `vqrae.start_codebook`."""
-    if hasattr(quantizer, "start"):
-        quantizer.start(z, generator)
-    else:
-        vqrae.start_codebook(quantizer, z, generator=generator)
+            part.start(chunk, generator)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -97,7 +89,7 @@ class ResidualPart(vqrae.VectorQuantizer):
         return F.embedding(indices, self.codebook, padding_idx=0)  # no gradient reaches code 0
 
     def start(self, z, generator):
-        vqrae.start_codebook(self, z, generator=generator)
+        super().start(z, generator)
         with torch.no_grad():
             self.codebook[0] = 0
 
@@ -280,8 +272,8 @@ def words_of(record):
 def zero_shot(model, train_records, images, batch_size=64, device="cpu", workers=0):
     """Accuracy over the categories of an ImageSet that a model with a text tower reads off its discrete tokens.
 
-    An image is of the category whose captions, the mean over those of `train_records`, it is nearest to in cosine. In
-    training the tower meets captions without their categories.
+    An image is of the category whose captions, the mean over those of `train_records`, it is nearest to in cosine.
+    Where images have captions, training shows the tower these and no category.
     """
     names = sorted({record.get("category", "") for record in train_records})
     means = torch.zeros(len(names), model.config.encoder.width)
@@ -378,9 +370,6 @@ class UniTok(vqrae.VQRAE):
             self.project_out.weight.copy_(back[:, :-1])
             self.project_out.bias.copy_(back[:, -1])
 
-    def start_codes(self, z, generator):
-        start(self.quantizer, z, generator)
-
     def project_features(self, features):
         if features.dim() == 2:  # tokens without their images, before step 0: attention adds nothing yet
             return super().project_features(features[:, None])[:, 0]
@@ -443,11 +432,16 @@ class UniTok(vqrae.VQRAE):
         return model
 
 
+def has_codebooks(folder):
+    """Whether the model in a folder is one of this file: its config.json counts codebooks."""
+    path = Path(folder) / "config.json"
+    saved = vqrae.read_json(path) if path.exists() else None
+    return isinstance(saved, dict) and "codebooks" in saved
+
+
 def load_tokenizer(folder):
     """The VQRAE or UniTok in a folder, in eval mode; InputError says what is missing or damaged."""
-    path = Path(folder) / "config.json"
-    kind = UniTok if path.exists() and "codebooks" in vqrae.read_json(path) else vqrae.VQRAE
-    return kind.from_pretrained(folder)
+    return (UniTok if has_codebooks(folder) else vqrae.VQRAE).from_pretrained(folder)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -489,12 +483,14 @@ class SummedEmbedding(nn.Embedding):
 
 
 class DepthLM(vqrae.VisualLM):
-    """A VisualLM that reads and writes M codes at every place: tokens (B, n, M) -> logits (B, n, M, S).
+    """A VisualLM that reads and writes M codes at every place: tokens (B, n, M) -> logits (B, n - 1, M, S).
 
     The large transformer sees one token for a place, the sum of its codes, and writes one vector h for the next. From h
     a small one, the depth head, writes the codes of that place one after the other, each seeing those before it:
     otherwise they would be drawn as if they had nothing to do with each other.
     """
+
+    Config = DepthLMConfig
 
     def __init__(self, config, text=None):
         super().__init__(config, text)
@@ -517,7 +513,7 @@ class DepthLM(vqrae.VisualLM):
         return model
 
     def think(self, sequence):
-        """Logits (n, m, S) of the code behind each of a sequence (n, m, d): h, and the first codes of its place."""
+        """Logits (n, m, S) of the code after each of a sequence (n, m, d): h, and the first codes of its place."""
         m, h = sequence.shape[1], self.config.head_width
         still = torch.tensor([1.0, 0.0], device=sequence.device)[:, None, None].expand(2, m, h)  # no rotary positions
         visible = torch.ones(m, m, dtype=torch.bool, device=sequence.device).tril()[None, None]
@@ -558,7 +554,7 @@ class DepthLM(vqrae.VisualLM):
         return tokens, first
 
     def draw(self, x, head, pick):
-        """The codes (B, M) of the place behind x (B or 2B, d), one after the other."""
+        """The codes (B, M) of the place that follows x (B or 2B, d), one after the other."""
         sequence, codes = x[:, None], []  # (B or 2B, 1, d)
         step = self.config.codebook_size // self.config.codebooks  # S
         for m in range(self.config.codebooks):
@@ -568,20 +564,11 @@ class DepthLM(vqrae.VisualLM):
             sequence = torch.cat([sequence, vector.repeat(len(x) // len(code), 1)[:, None]], dim=1)
         return torch.stack(codes, dim=1)
 
-    @classmethod
-    def from_pretrained(cls, folder):
-        """Load what `save_pretrained` wrote, in eval mode; InputError says what is missing or damaged."""
-        model = vqrae.load_model(folder, "DepthLM", "--stage ar makes one",
-                                 lambda saved: cls(DepthLMConfig(**saved)))
-        model.text = vqrae.load_text_tokenizer(Path(folder) / "tokenizer.json", model.config.text_vocabulary)
-        return model
 
 
 def load_language_model(folder):
     """The VisualLM or DepthLM in a folder, in eval mode; InputError says what is missing or damaged."""
-    path = Path(folder) / "config.json"
-    kind = DepthLM if path.exists() and "codebooks" in vqrae.read_json(path) else vqrae.VisualLM
-    return kind.from_pretrained(folder)
+    return (DepthLM if has_codebooks(folder) else vqrae.VisualLM).from_pretrained(folder)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -608,6 +595,6 @@ class UniTokTraining(vqrae.TrainingConfig):
 DEFAULTS = dict(codebooks=1, projection="linear", latent_noise=0.0, contrastive="none", contrastive_weight=1.0,
                 reconstruction_weight=1.0)
 
-# The text tower of two CPU cores' size.
+# A text tower small enough for two CPU cores.
 TOWER = vqrae.LMConfig(text_vocabulary=1024, codebook_size=0, width=128, depth=2, heads=4, kv_heads=4, head_width=32,
                        mlp_width=384)

@@ -273,6 +273,10 @@ class VectorQuantizer(nn.Module):
                 indices[part] = torch.where(closer, first + nearest, indices[part])
         return indices
 
+    def start(self, z, generator):
+        """Let the codes start from projected training tokens z (n, e)."""
+        start_codebook(self, z, generator=generator)
+
     def forward(self, z):
         """Quantize z (..., e) -> z_q (..., e), indices (...), codebook loss, commitment loss; see Eq. 3.
 
@@ -525,11 +529,7 @@ class VQRAE(nn.Module):
             kept = (spread > 0.01) | (torch.rand(len(spread), generator=generator).to(spread.device) < 0.1)
             if kept.sum() < self.config.codebook_size:
                 kept[:] = True  # too few others to start from
-            self.start_codes(self.project_features(features[kept]), generator)
-
-    def start_codes(self, z, generator):  # a method of its own, for unitok.py has other quantizers
-        """Let the codes start from projected training tokens z (n, e)."""
-        start_codebook(self.quantizer, z, generator=generator)
+            self.quantizer.start(self.project_features(features[kept]), generator)
 
     def start_projections(self, features, patches, generator, minor=0.1):
         """`--projection-init pixels`: squared distances of z are half those of features, half those of told pixels.
@@ -960,6 +960,8 @@ def choose(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
 class VisualLM(nn.Module):
     """Text and visual tokens in one vocabulary, predicted from left to right: tokens (B, n) -> logits (B, n, V + K)."""
 
+    Config = LMConfig
+
     def __init__(self, config, text=None):
         super().__init__()
         self.config = config
@@ -1103,7 +1105,7 @@ class VisualLM(nn.Module):
     @classmethod
     def from_pretrained(cls, folder):
         """Load what `save_pretrained` wrote, in eval mode; InputError says what is missing or damaged."""
-        model = load_model(folder, "VisualLM", "--stage ar makes one", lambda saved: cls(LMConfig(**saved)))
+        model = load_model(folder, cls.__name__, "--stage ar makes one", lambda saved: cls(cls.Config(**saved)))
         model.text = load_text_tokenizer(Path(folder) / "tokenizer.json", model.config.text_vocabulary)
         return model
 
