@@ -378,6 +378,8 @@ def export(args, device):
     """
     fill_in(args, args.format, f"--format {args.format}")
     model = load_tokenizer(args, device)
+    if args.format != "hf" and model.config.quantizer == "none":
+        raise InputError(f"the model in {args.model} has no codes (--quantizer none)")
     if args.format == "onnx":
         export_onnx(args, model.cpu())
         return
@@ -388,8 +390,6 @@ def export(args, device):
         print(f"{args.out}/encoder: for transformers.{class_name}.from_pretrained; {args.out}/tokenizer: for "
               f"{type(model).__module__}.{type(model).__name__}.from_pretrained")
         return
-    if model.config.quantizer == "none":
-        raise InputError(f"the model in {args.model} has no codes (--quantizer none)")
     images = vqrae.ImageSet(args.data, args.split, args.image_size)
     digest, records, shards = vqrae.codes_digest(model, images), images.records, []
     note, wanted = args.out / "digest.txt", f"{digest} in shards of {args.shard_size}\n"
@@ -446,8 +446,6 @@ def export_onnx(args, model):
         import onnxscript  # noqa: F401  what torch exports with
     except ImportError as error:
         raise InputError(f"--format onnx needs packages: pip install onnx onnxscript onnxruntime ({error})") from None
-    if model.config.quantizer == "none":
-        raise InputError(f"the model in {args.model} has no codes (--quantizer none)")
     side, p = args.image_size, model.config.encoder.patch_size
     images = torch.rand(3, 3, side, side, generator=torch.Generator().manual_seed(0))
     _, indices = model.encode(images)  # (3, N); InputError when patches do not fit

@@ -184,7 +184,10 @@ class Muon(torch.optim.Optimizer):
                     shapes.setdefault(p.shape, []).append(p)
             for shape, parameters in shapes.items():
                 gradients = [p.grad for p in parameters]
-                momenta = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in parameters]
+                for p in parameters:
+                    if p not in self.state:
+                        self.state[p]["momentum"] = torch.zeros_like(p)
+                momenta = [self.state[p]["momentum"] for p in parameters]
                 torch._foreach_lerp_(momenta, gradients, 1 - self.momentum)
                 ahead = torch.stack(torch._foreach_lerp(gradients, momenta, self.momentum))  # (n, rows, columns)
                 size = group["lr"] * 0.2 * math.sqrt(max(shape))  # an entry moves about as far as by AdamW
