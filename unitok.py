@@ -16,7 +16,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import vqrae
-from vqrae import InputError, setting
+from presets import TrainingConfig
+from support.files import InputError, check_fields, load_model, read_json
+from support.settings import setting
+from support.text import caption_of, load_text_tokenizer
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -265,7 +268,7 @@ def contrastive_loss(images, texts, scale, bias, form):
 
 def words_of(record):
     """What an image shows, in words, whatever its style: the style is too easy to tell, and would be all one learns."""
-    return vqrae.caption_of(record, style=False)
+    return caption_of(record, style=False)
 
 
 @torch.no_grad()
@@ -309,7 +312,7 @@ class UniTokConfig(vqrae.VQRAEConfig):
             self.quantizer = "none"  # the one that VQRAEConfig knows too
         super().__post_init__()
         self.quantizer = quantizer
-        vqrae.check_fields(self, ("codebooks",))
+        check_fields(self, ("codebooks",))
         if self.projection not in ("linear", "attention"):
             raise InputError(f"projection {self.projection!r} is unknown")
 
@@ -423,19 +426,19 @@ class UniTok(vqrae.VQRAE):
     def from_pretrained(cls, folder):
         """Load what `save_pretrained` wrote, in eval mode; InputError says what is missing or damaged."""
         maker = "--stage 1 --quantizer mcq makes one"
-        model = vqrae.load_model(folder, "UniTok", maker, lambda saved: cls(UniTokConfig(**{
+        model = load_model(folder, "UniTok", maker, lambda saved: cls(UniTokConfig(**{
             **saved, "encoder": vqrae.ViTConfig(**saved["encoder"]),
             "text": saved["text"] and vqrae.LMConfig(**saved["text"])})))
         if model.tower is not None:
             path = Path(folder) / "tokenizer.json"
-            model.tower.lm.text = vqrae.load_text_tokenizer(path, model.config.text.text_vocabulary)
+            model.tower.lm.text = load_text_tokenizer(path, model.config.text.text_vocabulary)
         return model
 
 
 def has_codebooks(folder):
     """Whether the model in a folder is one of this file: its config.json counts codebooks."""
     path = Path(folder) / "config.json"
-    saved = vqrae.read_json(path) if path.exists() else None
+    saved = read_json(path) if path.exists() else None
     return isinstance(saved, dict) and "codebooks" in saved
 
 
@@ -457,7 +460,7 @@ class DepthLMConfig(vqrae.LMConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        vqrae.check_fields(self, ("codebooks",))
+        check_fields(self, ("codebooks",))
 
 
 class SummedEmbedding(nn.Embedding):
@@ -500,7 +503,7 @@ class DepthLM(vqrae.VisualLM):
         self.embedding = SummedEmbedding(config)
         self.depth = vqrae.CausalBlock(config)
         self.depth_norm = vqrae.RMSNorm(config.width, config.norm_eps)
-        self.head = vqrae.Product(config.width, config.codebook_size // config.codebooks)  # one for all M
+        self.head = nn.Linear(config.width, config.codebook_size // config.codebooks, bias=False)  # one for all M
         for module in (self.embedding, *self.depth.modules(), self.head):
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=0.02)
@@ -577,7 +580,7 @@ def load_language_model(folder):
 
 
 @dataclass(kw_only=True)
-class UniTokTraining(vqrae.TrainingConfig):
+class UniTokTraining(TrainingConfig):
     """Stage 1's settings, and those that only a UniTok has."""
 
     quantizer: str = setting("simvq: VQRAE's; vq: plain; none: continuous; mcq: UniTok's many codebooks; mcq-simvq: "

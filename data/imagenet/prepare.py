@@ -38,8 +38,9 @@ from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
-import vqrae  # noqa: E402
-from vqrae import InputError  # noqa: E402
+from support.files import InputError, read_json  # noqa: E402
+from support.images import held_out, read_image  # noqa: E402
+from support.shards import index_shard  # noqa: E402
 
 
 def parse_args(argv=None):
@@ -84,7 +85,7 @@ def find_splits(source):
         splits = {split: (half, list_files(half)) for split, half in halves.items()}
     else:
         files = list_files(source)
-        chosen = vqrae.held_out(len(files))
+        chosen = held_out(len(files))
         splits = {"train": (source, [file for i, file in enumerate(files) if i not in chosen]),
                   "val": (source, [file for i, file in enumerate(files) if i in chosen])}
     return {split: (folder, files) for split, (folder, files) in splits.items() if files}
@@ -93,7 +94,7 @@ def find_splits(source):
 def encode(path, size, quality):
     """The bytes of a JPEG whose shorter side is at most `size`; the file's own where they are that already."""
     data = path.read_bytes()
-    image = vqrae.read_image(path, io.BytesIO(data))
+    image = read_image(path, io.BytesIO(data))
     if min(image.size) > size:
         image = pixels.resize(image, size, interpolation=pixels.InterpolationMode.BICUBIC)
     else:
@@ -142,7 +143,7 @@ class Packer(torch.utils.data.Dataset):
                          "files_sha256": hashlib.sha256(os.fsencode("\n".join(self.files))).hexdigest()}
         if not path.exists():
             self.write_index()
-        before = vqrae.read_json(path)
+        before = read_json(path)
         before = before.get("settings", {}) if isinstance(before, dict) else {}
         changed = [name for name, value in self.settings.items() if before.get(name) != value]
         if changed:
@@ -171,7 +172,7 @@ class Packer(torch.utils.data.Dataset):
                 with replacing(path) as file:
                     self.pack(number, file, skipped)
                     with replacing(path.with_suffix(".npy")) as index:  # first, so that where a shard is, it is too
-                        np.save(index, vqrae.index_shard(Path(file.name)))
+                        np.save(index, index_shard(Path(file.name)))
         except OSError as error:
             return skipped, f"cannot pack {path} ({error}); finished shards are kept, the same command goes on with it"
         return skipped, None
@@ -201,7 +202,7 @@ class Packer(torch.utils.data.Dataset):
                 bar.update(len(self.planned(number)))
         classes, unread = Counter(), []
         for number, shard in enumerate(self.shards):
-            names = {os.fsdecode(name) for name in vqrae.index_shard(self.out / shard)["name"].tolist()}
+            names = {os.fsdecode(name) for name in index_shard(self.out / shard)["name"].tolist()}
             classes.update(Path(name).parent.name for name in names)
             unread += [source for name, source in self.planned(number).items() if name not in names]
         self.write_index(images=classes.total(), classes=dict(sorted(classes.items())), skipped=sorted(unread))

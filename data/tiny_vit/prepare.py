@@ -30,6 +30,10 @@ from torch import nn
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 import vqrae  # noqa: E402
+from export import save_encoder  # noqa: E402
+from support.files import InputError  # noqa: E402
+from support.images import ImageSet  # noqa: E402
+from support.metrics import linear_probe  # noqa: E402
 
 GRID = 8  # both models see GRID x GRID patches
 STUDENT = vqrae.ViTConfig(image_size=64, patch_size=8, width=192, depth=6, heads=3, mlp_width=768)
@@ -245,7 +249,7 @@ def probe(encoder, size):
     """Accuracy of a linear probe on mean patch tokens of held-out emoji: categories, subcategories."""
     features, labels = {}, {}
     for split in ("train", "val"):
-        images = vqrae.ImageSet(ROOT / "data/emoji", split, 64)
+        images = ImageSet(ROOT / "data/emoji", split, 64)
         batches = (F.interpolate(batch / 255, size=size, mode="bicubic", antialias=True).clamp(0, 1)
                    if size != 64 else batch / 255 for batch in images.batches(range(len(images)), 128))
         features[split] = torch.cat([encoder(batch).mean(1) for batch in batches])  # (n, d)
@@ -255,7 +259,7 @@ def probe(encoder, size):
     for key in ("category", "subcategory"):
         names = sorted(set(labels["train", key] + labels["val", key]))
         numbers = {split: torch.tensor([names.index(name) for name in labels[split, key]]) for split in features}
-        scores.append(vqrae.linear_probe(features["train"], numbers["train"], [features["val"]], numbers["val"])[0])
+        scores.append(linear_probe(features["train"], numbers["train"], [features["val"]], numbers["val"])[0])
     return scores
 
 
@@ -314,7 +318,7 @@ def train(teacher, cache, count, steps, batch_size, lr, start, out):
             torch.save({"step": step, "student": student.state_dict(), "average": average.state_dict(),
                         "optimizer": optimizer.state_dict()}, saved.with_suffix(".tmp"))
             saved.with_suffix(".tmp").replace(saved)
-            vqrae.save_encoder(average.module.encoder, out, torch.float16)
+            save_encoder(average.module.encoder, out, torch.float16)
             print(f"step {step}: saved to {out}", flush=True)
     return average.module.encoder.eval()
 
@@ -337,7 +341,7 @@ def main():
         sys.exit(f"error: no images at {args.source}; name the folder with --source")
     try:
         teacher = vqrae.load_encoder(args.teacher)
-    except vqrae.InputError as error:
+    except InputError as error:
         sys.exit(f"error: {error}")
     if not args.probe:
         make_cache(teacher, args.source, args.cache, args.views)

@@ -1,0 +1,212 @@
+"""The settings of a training run as plain data: Tables 7 to 9 of the paper, and tiny ones for two CPU cores."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from support.settings import setting
+from vqrae import QUANTIZERS
+
+ROOT = Path(__file__).resolve().parent
+
+
+@dataclass(kw_only=True)
+class CommonConfig:
+    """Settings of every stage."""
+
+    data: str = setting("folder of images, flat or one folder per class, or of tar shards; shards-{000..009}.tar; or "
+                        "a URL of shards, to be streamed")
+    steps: int = setting("training steps")
+    batch_size: int = setting("images a step", most=2**20)
+    accumulate: int = setting("parts that a step's images are taken in, one after the other, for want of memory")
+    learning_rate: float = setting("at its highest, after the warm-up; of all that has no rate of its own")
+    muon_learning_rate: float = setting("of matrices in blocks that start untrained, which Muon moves; 0: AdamW does",
+                                        zero=True)
+    end_factor: float = setting("what is left of each learning rate at the end of its cosine", zero=True, most=1)
+    warmup_steps: int = setting("steps over which learning rates rise")
+    weight_decay: float = setting("AdamW's, on matrices only", zero=True)
+    max_grad_norm: float = setting("gradients are scaled down to this norm")
+    ema_decay: float = setting("of the averaged weights, which are evaluated and saved", zero=True, most=1)
+    betas: tuple = (0.9, 0.999)
+    adam_epsilon: float = 1e-8
+
+
+@dataclass(kw_only=True)
+class TrainingConfig(CommonConfig):
+    """Settings of stage 1 or 2, Table 7's rows among them."""
+
+    encoder: str = setting("vision encoder: a folder in the hub's layout, a hub id, or a folder of a VQRAE")
+    image_size: int = setting("side of the training images in pixels", most=16384)
+    output_patch_size: int | None = setting("q, side of a token's patch of output (default: the encoder's p)",
+                                            most=1024)
+    quantizer: str = setting("simvq: the paper's; vq: plain; none: continuous", choices=list(QUANTIZERS))
+    codebook_size: int = setting("number of codes, K")
+    codebook_dim: int = setting("width of a code, e")
+    beta_side: str = setting("which term of Eq. 3 the 0.25 weighs", choices=["commitment", "codebook"])
+    codebook_init: str = setting("data: k-means of features; gaussian: the SimVQ authors'",
+                                 choices=["data", "gaussian"])
+    start_tokens: int = setting("features that the starts of codebook and projections look at, four to a code or more")
+    projection_init: str = setting("pixels: distances that count what features tell of pixels; features: with all "
+                                   "else that they tell in full; random: torch's",
+                                   choices=["pixels", "features", "random"])
+    perceptual: str = setting("vfm: the encoder's own features; lpips-convnext: the paper's networks, fetched on "
+                              "first use", choices=["vfm", "lpips-convnext", "none"])
+    perceptual_weight: float = setting("weight of the perceptual loss (paper: 1.1)", zero=True)
+    quantizer_weight: float = setting("weight of the quantizer's two losses (paper: 1)", zero=True)
+    distillation_weight: float = setting("weight of Eq. 5 when the encoder trains (paper: 1)", zero=True)
+    adversarial_weight: float = setting("weight of the adversarial loss (paper: 0 in stage 1, 0.1 in stage 2)",
+                                        zero=True)
+    discriminator_start: int = setting("step at which discriminator and adversarial loss set in", zero=True)
+    discriminator_width: int = setting("channels of the discriminator's first stage, a multiple of 32 (TiTok: 128)")
+    encoder_learning_rate: float = setting("of the encoder; 0 keeps it frozen", zero=True)
+    discriminator_learning_rate: float = setting("of the discriminator", zero=True)
+
+
+@dataclass(kw_only=True)
+class LanguageConfig(CommonConfig):
+    """Settings of a transformer that writes codes (stage ar, Table 9) or captions (stage caption, Table 8)."""
+
+    qwen3: str | None = setting("Qwen3 checkpoint to start from, a folder or a hub id; it has sizes of its own")
+    text_vocabulary: int = setting("tokens of the text tokenizer, at most, 256 bytes among them")
+    width: int = setting("of the transformer, d")
+    depth: int = setting("blocks")
+    heads: int = setting("query heads")
+    kv_heads: int = setting("key and value heads, a divisor of the query heads")
+    head_width: int = setting("channels of a head, an even number")
+    mlp_width: int = setting("channels inside the MLP")
+
+
+@dataclass(kw_only=True)
+class GenerationConfig(LanguageConfig):
+    """Settings of stage ar."""
+
+    tokenizer: str = setting("the VQRAE whose codes are predicted, a folder")
+    caption_dropout: float = setting("share of images without their caption, for guidance", zero=True, most=1)
+    style_dropout: float = setting("share of captions that do not name the style", zero=True, most=1)
+    code_noise: float = setting("largest share of an image's codes that are misread in training", zero=True, most=1)
+    recolour: str = setting("whether what is captioned \"green ...\" is also learned in other colours, its hue turned",
+                            choices=["yes", "no"])
+
+
+@dataclass(kw_only=True)
+class CaptionConfig(LanguageConfig):
+    """Settings of stage caption. Table 8 tunes a ready language model; here a small one is trained from scratch."""
+
+    encoder: str = setting("the encoder that is read")
+    image_size: int = setting("side of the images", most=16384)
+
+# Settings that a Qwen3 checkpoint brings with it, and settings that stage 2 takes over from the model of stage 1.
+FIXED_BY_QWEN3 = ("text_vocabulary", "width", "depth", "heads", "kv_heads", "head_width", "mlp_width")
+
+FIXED_BY_STAGE_1 = ("encoder", "image_size", "output_patch_size", "quantizer", "codebook_size", "codebook_dim",
+                    "beta_side", "codebook_init", "start_tokens", "projection_init")
+
+TINY = TrainingConfig(
+    data=str(ROOT / "data/emoji"),
+    encoder=str(ROOT / "data/tiny_vit"),
+    image_size=64,
+    output_patch_size=None,
+    quantizer="simvq",
+    codebook_size=4096,
+    codebook_dim=256,
+    beta_side="commitment",
+    codebook_init="data",
+    start_tokens=131072,
+    projection_init="pixels",
+    perceptual="vfm",
+    perceptual_weight=1.1,
+    quantizer_weight=1.0,
+    distillation_weight=0.0,
+    adversarial_weight=0.0,
+    discriminator_start=0,
+    discriminator_width=32,
+    steps=1200,
+    batch_size=16,
+    accumulate=1,
+    learning_rate=2e-3,
+    muon_learning_rate=8e-3,
+    encoder_learning_rate=0.0,
+    discriminator_learning_rate=0.0,
+    end_factor=0.01,
+    warmup_steps=100,
+    weight_decay=1e-4,
+    max_grad_norm=1.0,
+    ema_decay=0.999,
+)
+
+# A Qwen3 small enough for two CPU cores. `adam_epsilon` is Table 9's.
+TINY_LM = dict(qwen3=None, text_vocabulary=1024, width=256, depth=6, heads=4, kv_heads=2, head_width=64, mlp_width=768,
+               data=TINY.data, accumulate=1, muon_learning_rate=0.0, max_grad_norm=1.0, warmup_steps=100,
+               end_factor=0.01, adam_epsilon=1e-15)
+
+# Table 7, with the README's decisions where it is silent, among them how codebook and projections start.
+PAPER_1 = replace(
+    TINY,
+    data=str(ROOT / "data/photos"),
+    encoder="google/siglip2-so400m-patch16-256",
+    image_size=256,
+    codebook_size=16384,
+    codebook_dim=1536,
+    start_tokens=65536,
+    projection_init="features",
+    perceptual="lpips-convnext",
+    discriminator_width=128,
+    steps=100_000,
+    batch_size=1024,
+    learning_rate=4e-4,
+    muon_learning_rate=0.0,
+    end_factor=0.25,
+    warmup_steps=2000,
+)
+
+PAPER_2 = replace(
+    PAPER_1,
+    distillation_weight=1.0,
+    adversarial_weight=0.1,
+    discriminator_start=50_000,
+    steps=70_000,
+    learning_rate=1e-4,
+    encoder_learning_rate=1e-5,
+    discriminator_learning_rate=4e-5,
+    end_factor=0.1,
+)
+
+SIGLIP2_512 = {"encoder": "google/siglip2-so400m-patch16-512", "image_size": 512}
+
+INTERNVIT = {"encoder": "OpenGVLab/InternViT-300M-448px", "image_size": 448, "batch_size": 768}
+
+DINOV2_S = {"encoder": "facebook/dinov2-small", "image_size": 224, "codebook_dim": 512}
+
+PRESETS = {
+    # Made for two CPU cores and a few minutes, with nothing to download.
+    "tiny": {
+        "1": TINY,
+        # Half of the paper's adversarial weight: the distance of features was lowest with it in short runs.
+        "2": replace(TINY, distillation_weight=1.0, adversarial_weight=0.05, discriminator_start=1300, steps=2000,
+                     learning_rate=1e-3, muon_learning_rate=5e-3, encoder_learning_rate=1e-3,
+                     discriminator_learning_rate=4e-4),
+        "ar": GenerationConfig(
+            **{**TINY_LM, "muon_learning_rate": 8e-3}, tokenizer="out/stage2", caption_dropout=0.1, style_dropout=0.2,
+            code_noise=0.3, recolour="yes", steps=2800, batch_size=32, learning_rate=4e-3, weight_decay=0.0,
+            ema_decay=0.998),
+        "caption": CaptionConfig(
+            **TINY_LM, encoder=TINY.encoder, image_size=TINY.image_size, steps=1500, batch_size=32,
+            learning_rate=1e-3, weight_decay=0.0, ema_decay=0.998),
+    },
+    # The paper's encoders, and a small one. Their global batch is for many GPUs; --accumulate makes it fit fewer.
+    "siglip2-256": {"1": PAPER_1, "2": PAPER_2},
+    "siglip2-512": {"1": replace(PAPER_1, **SIGLIP2_512), "2": replace(PAPER_2, **SIGLIP2_512)},
+    "internvit-448": {"1": replace(PAPER_1, **INTERNVIT, steps=45_000),
+                      "2": replace(PAPER_2, **INTERNVIT, steps=60_000, discriminator_start=30_000)},
+    "dinov2-s": {"1": replace(PAPER_1, **DINOV2_S), "2": replace(PAPER_2, **DINOV2_S)},
+    # The paper's language model, with Table 9's settings; steps it does not say. Needs a GPU.
+    "qwen3-0.6b": {
+        "ar": GenerationConfig(
+            **{**TINY_LM, "qwen3": "Qwen/Qwen3-0.6B", "warmup_steps": 4000, "end_factor": 1.0}, tokenizer="out/stage2",
+            caption_dropout=0.1, style_dropout=0.2, code_noise=0.0, recolour="no", steps=100_000, batch_size=512,
+            learning_rate=1e-4, weight_decay=0.0, ema_decay=0.999),
+    },
+}
+
+# The default sampling, chosen by measurement for the tiny preset: a higher temperature makes pictures more varied and
+# less like what was asked for; the likeliest codes alone leave some pages blank.
+SAMPLING = {"cfg_scale": 1.25, "temperature": 0.2}

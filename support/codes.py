@@ -1,0 +1,53 @@
+"""The codes of an image set, made once by a tokenizer and kept on disk."""
+
+import hashlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from support.files import InputError, read_safetensors, replacing
+
+
+@torch.no_grad()
+def codes_of(model, images, keys, batch_size=64, device="cpu", workers=0):
+    """The codes (n, N) int32 of some images and their places (n,) in the set, without unreadable ones."""
+    codes, kept, asked = [], [], 0
+    for batch, places in images.batches(keys, batch_size, workers, indices=True):
+        own = [i for i, place in enumerate(places) if place == keys[asked + i]]  # no stand-in for an unreadable file
+        codes.append(model.encode(batch.to(device).float() / 255)[1].cpu()[own].int())
+        kept += [places[i] for i in own]
+        asked += len(places)
+    return torch.cat(codes), torch.tensor(kept)
+
+
+def write_codes(path, codes, places):
+    """Write codes and places in one step."""
+    with replacing(path) as part:
+        save_file({"codes": codes, "places": places}, part)
+
+
+def codes_digest(model, images):
+    """SHA-256 of everything that the codes of an ImageSet depend on: model and images."""
+    digest = hashlib.sha256(json.dumps(asdict(model.config)).encode() + images.fingerprint().encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+@torch.no_grad()
+def image_codes(model, images, folder, batch_size=64, device="cpu", workers=0):
+    """The codes (n, N) of all images of an ImageSet, evaluation views, and the places (n,) of the readable ones in it.
+
+    They are kept in `folder`, in a file that is named after everything they depend on: model and images. So a change
+    of either makes them anew, and a stale file is never read. Nor is a damaged one.
+    """
+    path = Path(folder) / f"{codes_digest(model, images)[:32]}.safetensors"
+    try:
+        saved = read_safetensors(path)
+    except InputError:
+        write_codes(path, *codes_of(model, images, range(len(images)), batch_size, device, workers))
+        saved = read_safetensors(path)
+    return saved["codes"].long(), saved["places"]

@@ -1,0 +1,160 @@
+"""Files: read with care, written in one step, and models in folders that hold config.json and model.safetensors."""
+
+import json
+import os
+from contextlib import contextmanager
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+
+class InputError(ValueError):
+    """A mistake in the user's input that one sentence explains; the drivers print it without a traceback."""
+
+
+@contextmanager
+def replacing(path):
+    """A path to write what then takes the place of `path` in one step: readers meet the old file or the new one.
+
+    InputError when it cannot be written, say on a full disk; nothing half written is left behind then.
+    """
+    path = Path(path)
+    part = path.with_name(f"{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield part
+        part.replace(path)
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch reports a full disk as a RuntimeError
+        raise InputError(f"cannot write {path}, perhaps for want of room ({error}); what stood there before is kept"
+                         ) from None
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def replace_text(path, text):
+    """Write a file in one step: whoever reads it, whenever the power fails, meets the old text or the new one."""
+    with vqrae.replacing(path) as part:
+        part.write_text(text)
+
+
+def check_fields(config, at_least_1=()):
+    """InputError for a field of a config that no model could have: a config.json may hold anything.
+
+    at_least_1: names of whole numbers that must not be 0.
+    """
+    for entry in fields(config):
+        name, value, kind = entry.name, getattr(config, entry.name), entry.type
+        if kind is int:
+            least, most = int(name in at_least_1), 1000 if name == "depth" else 2**24
+            good = type(value) is int and least <= value <= most
+        elif kind is float:
+            good = type(value) in (int, float) and 0 <= value <= 1e12
+        elif kind is tuple:
+            good = len(value) == 3 and all(type(x) in (int, float) and abs(x) <= 1e12 for x in value)
+        else:
+            good = isinstance(value, kind)
+        if not good:
+            raise InputError(f"{name} is {value!r}")
+
+
+def read_json(path):
+    """The parsed JSON file; InputError names the path when it is missing or damaged."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not valid JSON: {error}") from None
+
+
+def read_config(path):
+    """The JSON object in a file, as a dict; InputError when it is missing, damaged or something else."""
+    config = read_json(path)
+    if not isinstance(config, dict):
+        raise InputError(f"{path} holds no JSON object, which it should")
+    return config
+
+
+def read_safetensors(path):
+    """The tensors of a safetensors file by name; InputError names the path when it is missing or damaged."""
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"cannot read the weights in {path}: {error}") from None
+
+
+def read_checkpoint(folder):
+    """All tensors of a hub folder by name, from model.safetensors or from the shards that its index names."""
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        return read_safetensors(folder / "model.safetensors")
+    shards = read_config(index).get("weight_map")
+    if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
+        raise InputError(f"{index} has no weight_map, which names the file of each tensor")
+    weights = {}
+    for name in sorted(set(shards.values())):
+        if Path(name).name != name:
+            raise InputError(f"{index} names the file {name!r}, which is not in its folder")
+        weights.update(read_safetensors(folder / name))
+    return weights
+
+
+def check_weights(expected, weights, path):
+    """InputError names the first tensor that is missing among the weights, or is not as the expected one."""
+    for name, tensor in expected.items():
+        if name not in weights:
+            raise InputError(f"{path} has no tensor {name!r}, so it does not fit its config.json")
+        if weights[name].shape != tensor.shape:
+            expected, found = tuple(tensor.shape), tuple(weights[name].shape)
+            raise InputError(f"{path}: tensor {name!r} has shape {found} where config.json asks for {expected}")
+        if weights[name].dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+            raise InputError(f"{path}: tensor {name!r} is of type {weights[name].dtype}, which is not read here")
+        if not weights[name].isfinite().all():
+            raise InputError(f"{path}: tensor {name!r} has values that are no numbers, so it is damaged")
+
+
+def save_model(model, folder):
+    """Write config.json and model.safetensors, each replaced in one step."""
+    folder = Path(folder)
+    weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    with replacing(folder / "config.json") as config_part, replacing(folder / "model.safetensors") as weights_part:
+        config_part.write_text(json.dumps(asdict(model.config), indent=2) + "\n")
+        save_file(weights, weights_part)
+
+
+def load_model(folder, kind, maker, build):
+    """The model that `save_model` wrote, built from its config.json by `build`, in eval mode.
+
+    `kind` and `maker` say, in the InputError about a missing or damaged folder, what it should be and what makes one.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise InputError(f"no model at {folder}: the folder does not exist; python train.py {maker}")
+    saved = read_json(folder / "config.json")
+    try:
+        with torch.device("meta"):  # sizes without memory: config.json may ask for more than there is
+            expected = build(saved).state_dict()
+    except (KeyError, TypeError, InputError, RuntimeError) as error:  # the last for sizes that no memory has
+        raise InputError(f"{folder}/config.json does not describe a {kind}: {str(error).splitlines()[0]}") from None
+    weights = read_safetensors(folder / "model.safetensors")
+    check_weights(expected, weights, folder / "model.safetensors")
+    model = build(saved)
+    model.load_state_dict({name: weights[name] for name in expected})
+    return model.eval()
+
+
+def hub_folder(source):
+    """A local folder as it is, or a download of the hub's model of this name; InputError says why there is none."""
+    folder = Path(source)
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+
+        try:
+            folder = Path(snapshot_download(str(source), allow_patterns=["*.json", "*.safetensors"]))
+        except Exception as error:  # offline, no such id, no permission: huggingface_hub has many ways to say no
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise InputError(f"no model at {source!r}: not a folder, and the hub says: {reason}") from None
+    return folder

@@ -1,0 +1,102 @@
+"""Captions: what a record of an image says, the byte-pair tokenizer, and colours and misreading for small sets."""
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from torchvision.transforms import functional as pixels
+
+from support.files import InputError
+
+
+# The first stands between a text and its image, the second behind a text; Qwen3's own tokenizer.json has both names.
+START_OF_IMAGE, END_OF_TEXT = "<|vision_start|>", "<|endoftext|>"
+
+
+def train_text_tokenizer(texts, size):
+    """A byte-pair tokenizer of up to `size` tokens, for any text; it ignores case, and an article at the beginning."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.Sequence([
+        normalizers.NFKC(), normalizers.Lowercase(), normalizers.Replace("’", "'"), normalizers.Strip(),
+        normalizers.Replace(Regex("^(a|an|the) "), "")])
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(), decoders.ByteLevel()
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=size, special_tokens=[END_OF_TEXT, START_OF_IMAGE], show_progress=False,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())))
+    return tokenizer
+
+
+def load_text_tokenizer(path, vocabulary):
+    """The tokenizer in a tokenizer.json; InputError when it is missing or damaged, or lacks our two special tokens, or
+    has more tokens than the text part of the vocabulary has rows.
+    """
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises plain Exceptions
+        raise InputError(f"cannot read the text tokenizer {path}: {error}") from None
+    for token in (START_OF_IMAGE, END_OF_TEXT):
+        if tokenizer.token_to_id(token) is None:
+            raise InputError(f"the text tokenizer {path} has no token {token}")
+    if max(tokenizer.get_vocab().values()) >= vocabulary:
+        raise InputError(f"the text tokenizer {path} has more tokens than the {vocabulary} of its model's config.json")
+    return tokenizer
+
+
+def text_of(record):
+    """What a Captioner is to say of an image: its category and its caption, or what there is of the two."""
+    return ": ".join(filter(None, [record.get("category", "").replace("_", " "), record.get("caption")]))
+
+
+def caption_of(record, style=True):
+    """The words that ask for an image: its style, if wanted, and its caption or else its class; "" if it has none."""
+    words = record.get("caption") or record.get("category", "").replace("_", " ")
+    return f"{record['style']} {words}" if style and "style" in record else words
+
+
+def misread(codes, most, generator):
+    """Codes (B, N) with some replaced by other codes of the batch: in each image its own share, up to `most`.
+
+    An image of a small set is known by its first codes. A transformer that reads them as they are may learn to go on
+    from there, by heart, and have no use for the caption; once it writes, its first slip leads it to another image or
+    to none. One that may not trust what it reads learns what the caption says about every place.
+    """
+    share = most * torch.rand(len(codes), 1, generator=generator)  # (B, 1)
+    others = codes.flatten()[torch.randperm(codes.numel(), generator=generator)].view_as(codes)  # (B, N)
+    return torch.where(torch.rand(codes.shape, generator=generator) < share, others, codes)
+
+# Averages over the emoji called so: the hue, in turns of the colour wheel, and the largest less the smallest of red,
+# green and blue, out of 255.
+COLOURS = {"red": (0.99, 158), "orange": (0.08, 199), "yellow": (0.13, 169), "green": (0.27, 102),
+           "blue": (0.57, 155), "purple": (0.76, 105)}
+
+
+def turn_colour(image, old, new):
+    """An image (1, 3, H, W) uint8, its hue turned from `old` to `new`, two of COLOURS, and as strong as `new` is."""
+    turn = COLOURS[new][0] - COLOURS[old][0]
+    image = pixels.adjust_hue(image, (turn + 0.5) % 1 - 0.5)
+    spread = (image.amax(1) - image.amin(1)).float()  # (1, H, W)
+    strength = spread[spread > 40].mean().item()  # nan where all is grey, of which the max below makes 1
+    return pixels.adjust_saturation(image, max(1.0, COLOURS[new][1] / strength))
+
+
+@torch.no_grad()
+def recolour(model, images, places, device="cpu"):
+    """Images of an ImageSet in colours other than their own, as codes (n, N) and records: a green apple as "red apple".
+
+    Taken are the images at `places` whose caption begins with one of COLOURS, in each other colour unless an image
+    there already has that caption. In a small set a colour is seen on a few things only, and its word comes to mean
+    those things.
+    """
+    records = [images.records[place] for place in places]
+    known, codes, found = {caption_of(record) for record in records}, [], []
+    for place, record in zip(places, records):
+        colour, _, thing = record.get("caption", "").partition(" ")
+        if colour not in COLOURS or not thing:
+            continue
+        [image] = images.batches([place], 1)  # (1, 3, H, W)
+        for other in COLOURS:
+            new = {**record, "caption": f"{other} {thing}"}
+            if caption_of(new) not in known:
+                known.add(caption_of(new))
+                found.append(new)
+                turned = turn_colour(image, colour, other)
+                codes.append(model.encode(turned.to(device).float() / 255)[1].cpu())
+    return torch.cat(codes) if codes else None, found
