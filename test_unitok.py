@@ -1,5 +1,4 @@
 """Properties of UniTok's choices and of the quantizers beside VQRAE's, one a test; see test_vqrae.py."""
-# ruff: noqa: F401, F811  (fixtures are imported, and come back as arguments)
 
 import json
 import math
@@ -11,13 +10,12 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-import sample
-import train
 import unitok
 import vqrae
-from test_vqrae import (assert_resume_is_exact, encoder_folder, make_run, photo_folder, seeds,
-                        short_run, small_vit, take_steps, text_lm)
-from vqrae import InputError
+from conftest import assert_resume_is_exact, make_run, seeds, small_vit, take_steps, text_lm
+from support.files import InputError
+from support.images import ImageSet
+from support.text import train_text_tokenizer
 
 kinds = st.sampled_from(list(unitok.QUANTIZERS))
 ALL = [*vqrae.QUANTIZERS, *unitok.QUANTIZERS]
@@ -322,7 +320,7 @@ def test_from_data_the_way_out_starts_where_the_codes_come_closest_to_the_featur
 
 
 def test_what_is_read_from_codes_is_numpys_least_squares(photo_folder):
-    model, images = small_unitok(), vqrae.ImageSet(photo_folder, "train", 16)
+    model, images = small_unitok(), ImageSet(photo_folder, "train", 16)
     model.fit_reading(images, batch_size=4)
     with torch.no_grad():
         out = model(torch.cat(list(images.batches(range(len(images)), 4))).float() / 255)
@@ -357,7 +355,7 @@ def test_the_contrastive_loss_does_not_know_the_order_of_the_batch_and_falls_whe
 
 
 def with_tower(seed=0):
-    words = vqrae.train_text_tokenizer(["red apple", "green car"], 300)
+    words = train_text_tokenizer(["red apple", "green car"], 300)
     return small_unitok(seed, words, text=vqrae.LMConfig(words.get_vocab_size(), 0, 16, 1, 2, 1, 8, 24))
 
 
@@ -380,7 +378,7 @@ def test_a_caption_means_the_same_beside_longer_ones(seed):
 
 
 def test_zero_shot_asks_which_categorys_captions_are_nearest(photo_folder, monkeypatch):
-    images = vqrae.ImageSet(photo_folder, "train", 16)
+    images = ImageSet(photo_folder, "train", 16)
     truth = [record["category"] for record in images.records]
     common = 5 * torch.ones(24)  # of all texts, and another of all images, as contrastive losses leave them
     direction = {"class0": torch.eye(24)[0] + common, "class1": torch.eye(24)[1] + common}
@@ -548,11 +546,15 @@ def test_weights_of_the_supervisions_decide_who_learns(short_run):
 
 @pytest.fixture
 def trained(short_run, tmp_path):
+    import train
+
     train.main([*short_run[:-1], str(tmp_path / "mcq"), "--quantizer", "mcq", "--codebooks", "4"])
     return tmp_path / "mcq"
 
 
 def test_stage_2_goes_on_with_many_codebooks(trained, short_run, tmp_path):
+    import train
+
     common = short_run[short_run.index("--batch-size"):-1]  # to --out
     train.main(["--stage", "2", "--init", str(trained), "--data", short_run[5], *common, str(tmp_path / "two"),
                 "--discriminator-start", "3"])
@@ -562,6 +564,8 @@ def test_stage_2_goes_on_with_many_codebooks(trained, short_run, tmp_path):
 
 def test_stage_ar_writes_several_codes_a_place_and_sample_paints_them(trained, photo_folder, encoder_folder, tmp_path,
                                                                       capsys):
+    import sample
+
     assert_resume_is_exact([
         "--stage", "ar", "--tokenizer", str(trained), "--data", str(photo_folder), "--width", "32", "--depth", "1",
         "--heads", "2", "--kv-heads", "1", "--head-width", "8", "--mlp-width", "32", "--text-vocabulary", "300",
@@ -578,6 +582,8 @@ def test_stage_ar_writes_several_codes_a_place_and_sample_paints_them(trained, p
 
 def test_sample_evaluates_shows_and_exports_many_codebooks(trained, photo_folder, encoder_folder, tmp_path,
                                                            capsys):
+    import sample
+
     common = ["--model", str(trained), "--data", str(photo_folder), "--out", str(tmp_path / "out")]
     sample.main(["evaluate", *common, "--frechet-encoder", str(encoder_folder), "--teacher", str(encoder_folder)])
     assert "discrete" in capsys.readouterr().out
@@ -598,35 +604,9 @@ def test_sample_evaluates_shows_and_exports_many_codebooks(trained, photo_folder
     (["--projection", "attention", "--codebook-dim", "10"], "--projection attention is between widths"),
 ])
 def test_a_wrong_argument_is_one_sentence(short_run, extra, sentence):
+    import train
+
     with pytest.raises(SystemExit, match=f"error: .*{sentence}"):
         train.main([*short_run, *extra])
     with pytest.raises(SystemExit, match="error: --codebooks is no setting of --stage 2"):
         train.main(["--stage", "2", "--codebooks", "4"])
-
-
-def test_the_rows_of_the_quantizer_ablation_differ_in_the_choice_and_in_nothing_else():
-    rows = list(train.quantizer_rows(train.parse_args(["--ablate", "quantizer"])))
-    by_name = {row["quantizer"]: stages[0][1] for row, _, stages in rows}
-    assert {changes["steps"] for changes in by_name.values()} == {200}
-    assert {changes["codebook_dim"] for changes in by_name.values()} == {64}
-    assert not any("codebook_size" in changes for changes in by_name.values())  # K, the codes of all codebooks
-    assert [by_name[f"mcq {m}"]["codebooks"] for m in (1, 2, 4, 8)] == [1, 2, 4, 8]
-    for claimed in ("mcq 1", "mcq 8", "rq 8", "mcq 8, attention"):
-        assert sum(row["quantizer"] == claimed for row, _, _ in rows) == 3
-    with pytest.raises(SystemExit, match="--ablate quantizer chooses --codebooks itself"):
-        train.main(["--ablate", "quantizer", "--codebooks", "4"])
-
-
-@pytest.mark.parametrize("ablation", ["quantizer", "supervision"])
-def test_these_ablations_end_in_a_table_and_a_plot(ablation, short_run, tmp_path, monkeypatch):
-    make_rows, *others = train.ABLATIONS[ablation]
-    monkeypatch.setattr(train, "UNITOK", {**train.UNITOK, "codebooks": 4, "codebook_dim": 12})
-    every = 7 if ablation == "quantizer" else 1
-    monkeypatch.setitem(train.ABLATIONS, ablation, (lambda args: list(make_rows(args))[::every], *others))
-    at = short_run.index("--codebook-dim")
-    train.main(["--ablate", ablation, *short_run[2:at], *short_run[at + 2:]])
-    table = (tmp_path / "run/table.md").read_text()
-    rows = train.ABLATIONS[ablation][0](train.parse_args(["--ablate", ablation]))
-    names = {tuple(row.values()) for row, _, _ in rows}
-    assert len(table.splitlines()) == 2 + len(names) and "nan" not in table
-    assert (tmp_path / "run/plot.png").exists()

@@ -1,0 +1,383 @@
+"""What test files share: small models, folders of pictures, short training runs."""
+
+import importlib.util
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tokenizers
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from PIL import Image
+from tokenizers import Tokenizer
+
+import vqrae
+from export import save_encoder
+from presets import FIXED_BY_QWEN3
+from support.text import END_OF_TEXT, START_OF_IMAGE, train_text_tokenizer
+
+settings.register_profile("repeatable", max_examples=20, deadline=None, derandomize=True)
+settings.load_profile("repeatable")
+
+ROOT = Path(__file__).resolve().parent
+
+seeds = st.integers(0, 2**31)
+
+
+# --- small models ---
+
+
+def small_vit(image_size=16, patch_size=4, width=24, depth=2, heads=2):
+    return vqrae.ViTConfig(image_size, patch_size, width, depth, heads, mlp_width=2 * width)
+
+
+def small_model(seed=0, q=4, quantizer="simvq", **changes):
+    torch.manual_seed(seed)
+    config = {"codebook_size": 40, "codebook_dim": 12, **changes}
+    return vqrae.VQRAE(vqrae.VQRAEConfig(small_vit(), 16, q, quantizer=quantizer, **config)).eval()
+
+
+SIZES = {"hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 20, "patch_size": 4}
+
+
+def family_twin(family, seed=0):
+    """A small random encoder of transformers' own class, and a function of images in [0, 1] -> its patch tokens."""
+    import transformers
+
+    torch.manual_seed(seed)
+    if family == "dinov2_with_registers":
+        twin = transformers.Dinov2WithRegistersModel(transformers.Dinov2WithRegistersConfig(
+            **SIZES, mlp_ratio=2, num_register_tokens=3))
+    elif family == "siglip_vision_model":
+        twin = transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**SIZES, intermediate_size=52))
+    elif family == "clip_vision_model":
+        twin = transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**SIZES, intermediate_size=48))
+    else:
+        sizes = {**SIZES, "image_size": [20, 20], "patch_size": [4, 4]}
+        twin = transformers.InternVLVisionModel(transformers.InternVLVisionConfig(
+            **sizes, intermediate_size=48, attention_bias=True))
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))  # biases and norms away from their trivial start
+    twin.eval()
+
+    def patch_tokens(images):
+        traits = vqrae.FAMILIES[family][3]
+        mean, std = (torch.tensor(traits.get(name, getattr(vqrae.ViTConfig, name)))[:, None, None]
+                     for name in ("mean", "std"))
+        options = {"interpolate_pos_encoding": True} if family in ("siglip_vision_model", "clip_vision_model") else {}
+        with torch.no_grad():
+            tokens = twin((images - mean) / std, **options).last_hidden_state
+        return tokens[:, {"dinov2_with_registers": 4, "siglip_vision_model": 0}.get(family, 1):]
+
+    return twin, patch_tokens
+
+
+def small_lm(seed=0, **changes):
+    torch.manual_seed(seed)
+    config = {"text_vocabulary": 30, "codebook_size": 20, "width": 32, "depth": 2, "heads": 4, "kv_heads": 2,
+              "head_width": 16, "mlp_width": 48, **changes}
+    model = vqrae.VisualLM(vqrae.LMConfig(**config)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():  # at 0.02 every logit would be nearly 0 and every property nearly true
+            parameter.mul_(8 if parameter.dim() == 2 else 1)
+    return model
+
+
+WORDS = ["noto red apple", "fluent red apple", "twemoji red apple", "noto cat face", "fluent flag: Chile"]
+
+
+def text_lm(seed=0, codebook_size=20, image_tokens=9, **changes):
+    text = train_text_tokenizer(WORDS, 300)
+    model = small_lm(seed, text_vocabulary=text.get_vocab_size(), codebook_size=codebook_size,
+                     image_tokens=image_tokens, **changes)
+    model.text = text
+    return model
+
+
+def small_captioner(seed=0):
+    lm = text_lm(seed, codebook_size=0)
+    torch.manual_seed(seed)
+    model = vqrae.Captioner(vqrae.CaptionerConfig(small_vit(), 16, lm.config), lm.text)
+    model.lm = lm
+    return model.eval()
+
+
+# --- folders of encoders, pictures and models ---
+
+
+@pytest.fixture(scope="session")
+def encoder_folder(tmp_path_factory):
+    """A small random encoder as a checkpoint on disk."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("encoder")
+    save_encoder(vqrae.Encoder(small_vit()), folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def photo_folder(tmp_path_factory):
+    """Twelve pictures of colour ramps in two class folders."""
+    folder = tmp_path_factory.mktemp("photos")
+    for i in range(12):
+        ramp = np.linspace(0, 255, 24 * 20 * 3).reshape(20, 24, 3) * (i + 1) / 12
+        (folder / f"class{i % 2}").mkdir(exist_ok=True)
+        Image.fromarray(np.roll(ramp, i, axis=2).astype(np.uint8)).save(folder / f"class{i % 2}/{i}.png")
+    return folder
+
+
+@pytest.fixture
+def saved_model(tmp_path):
+    small_model().save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def written_models(tmp_path):
+    """Folders of a random generator and a random captioner."""
+    text_lm(codebook_size=32, image_tokens=16).save_pretrained(tmp_path / "ar")
+    small_model(seed=3, codebook_size=32, codebook_dim=8).save_pretrained(tmp_path / "ar/vqrae")
+    small_captioner().save_pretrained(tmp_path / "caption")
+    return {"ar": str(tmp_path / "ar"), "caption": str(tmp_path / "caption"), "vqrae": str(tmp_path / "ar/vqrae")}
+
+
+@pytest.fixture(scope="module")
+def qwen3_twin(tmp_path_factory):
+    """A small random Qwen3 of transformers', and the folder it was saved in."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    torch.manual_seed(0)
+    twin = Qwen3ForCausalLM(Qwen3Config(
+        vocab_size=50, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
+        intermediate_size=48, rope_theta=1e6, tie_word_embeddings=True, attention_bias=False, use_sliding_window=False,
+        initializer_range=0.3)).eval()
+    with torch.no_grad():
+        for name, parameter in twin.named_parameters():
+            if "norm" in name:
+                parameter.uniform_(0.5, 1.5)
+    folder = tmp_path_factory.mktemp("qwen3")
+    twin.save_pretrained(folder)
+    return twin, folder
+
+
+@pytest.fixture
+def qwen3_with_text(qwen3_twin, tmp_path):
+    """A folder of a random Qwen3 with a tokenizer of two words, and that tokenizer."""
+    shutil.copytree(qwen3_twin[1], tmp_path / "qwen3")
+    words = {"red": 0, "apple": 1, START_OF_IMAGE: 48, END_OF_TEXT: 49}
+    text = Tokenizer(tokenizers.models.WordLevel(words, unk_token="red"))
+    text.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    text.save(str(tmp_path / "qwen3/tokenizer.json"))
+    return tmp_path / "qwen3", text
+
+
+# --- odd files ---
+
+
+def edit(path, old, new):
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
+RED = (200, 40, 10)
+
+
+def write_variants(folder):
+    """The same red picture in every kind of file, and what each should read as."""
+    image = Image.new("RGB", (30, 20), RED)
+    image.save(folder / "rgb.png")
+    image.quantize(4).save(folder / "palette.png")
+    image.convert("CMYK").save(folder / "cmyk.tif")
+    clear = Image.new("RGBA", (30, 20), (0, 0, 0, 0))
+    clear.paste(RED + (255,), (0, 0, 30, 20))
+    clear.save(folder / "rgba.png")
+    image.save(folder / "plain.webp", lossless=True)
+    return ["rgb.png", "palette.png", "cmyk.tif", "rgba.png", "plain.webp"]
+
+
+def normalise(images):
+    """By ImageNet's mean and std, as DINOv2 and ConvNeXt expect."""
+    mean, std = (torch.tensor(values)[:, None, None] for values in (vqrae.ViTConfig.mean, vqrae.ViTConfig.std))
+    return (images - mean) / std
+
+
+# --- shards ---
+
+
+def colour_of(i):
+    """Three bytes that tell 2,000 images apart, however they are compressed."""
+    return i % 16 * 16 + 8, i // 16 % 16 * 16 + 8, i // 256 * 32 + 16
+
+
+def number_of(image):
+    """Which image has that colour: (3, H, W) uint8 -> int."""
+    red, green, blue = image.flatten(1).double().mean(1).tolist()
+    return int(red // 16) + 16 * int(green // 16) + 256 * int(blue // 32)
+
+
+def write_shards(folder, count, images):
+    """Tar shards as others write them: 00000.jpg, 00000.cls and so on; image i is of colour i."""
+    folder.mkdir()
+    for shard in range(count):
+        with tarfile.open(folder / f"some-{shard:06}.tar", "w") as tar:
+            for i in range(shard * images, (shard + 1) * images):
+                file = io.BytesIO()
+                Image.new("RGB", (20, 16), colour_of(i)).save(file, "JPEG" if i % 3 else "PNG")
+                described = {"cls": b"a class", "txt": b"a caption" if i % 2 else "\u00e9t\u00e9".encode(),
+                             "json": b'{"category": "other"}' if i % 5 == 0 else b"[1"}
+                for kind, data in {**described, "jpg" if i % 3 else "seg.PNG": file.getvalue()}.items():
+                    member = tarfile.TarInfo(f"v1.0/{i:05}.{kind}")
+                    member.size = len(data)
+                    tar.addfile(member, io.BytesIO(data))
+
+
+# data/imagenet/prepare.py, which is no module
+packing = importlib.util.spec_from_file_location("packing", ROOT / "data/imagenet/prepare.py")
+prepare = importlib.util.module_from_spec(packing)
+packing.loader.exec_module(prepare)
+
+
+def pack(source, out, *more):
+    prepare.main(["--source", str(source), "--out", str(out), "--shard-size", "100", "--workers", "2", *more])
+
+
+@pytest.fixture(scope="session")
+def fake_imagenet(tmp_path_factory):
+    """2,000 JPEGs of 40 x 32 pixels in 20 classes, one colour each, 100 of them in val/; and a file that is none."""
+    folder = tmp_path_factory.mktemp("imagenet")
+    for i in range(2000):
+        path = folder / ("val" if i % 20 == 7 else "train") / f"n{i % 100 // 5:04}" / f"image_{i:04}.JPEG"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (40, 32), colour_of(i)).save(path, quality=95)
+    (folder / "train/n0003/broken.JPEG").write_bytes(b"\xff\xd8 broken")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def packed(fake_imagenet, tmp_path_factory):
+    out = tmp_path_factory.mktemp("packed")
+    pack(fake_imagenet, out)
+    return out
+
+
+# --- training runs ---
+
+
+@pytest.fixture
+def short_run(encoder_folder, photo_folder, tmp_path):
+    """Arguments of a training run that takes a second."""
+    return ["--stage", "1", "--encoder", str(encoder_folder), "--data", str(photo_folder), "--image-size", "16",
+            "--codebook-size", "32", "--codebook-dim", "8", "--start-tokens", "256", "--batch-size", "4",
+            "--steps", "6", "--log-every", "2",
+            "--evaluate-every", "4", "--checkpoint-every", "3", "--workers", "0", "--device", "cpu",
+            "--out", str(tmp_path / "run")]
+
+
+@pytest.fixture
+def second_stage(short_run, tmp_path):
+    """Arguments of a short stage 2 whose discriminator sets in at step 3, on a stage 1 that has run."""
+    import train
+
+    train.main(short_run[:-1] + [str(tmp_path / "first")])
+    keep = ("--data", "--batch-size", "--steps", "--log-every", "--evaluate-every", "--checkpoint-every", "--workers",
+            "--device", "--out")
+    kept = [part for flag in keep for part in (flag, short_run[short_run.index(flag) + 1])]
+    return ["--stage", "2", "--init", str(tmp_path / "first"), "--discriminator-start", "3", "--warmup-steps", "1",
+            "--discriminator-width", "32", *kept]
+
+
+@pytest.fixture
+def ar_run(encoder_folder, photo_folder, tmp_path):
+    """Arguments of a short stage ar on a random tokenizer of 16 codes an image."""
+    model = small_model(codebook_size=32, codebook_dim=8)
+    model.save_pretrained(tmp_path / "tokenizer")
+    return ["--stage", "ar", "--tokenizer", str(tmp_path / "tokenizer"), "--data", str(photo_folder), "--width", "32",
+            "--depth", "2", "--heads", "2", "--kv-heads", "1", "--head-width", "16", "--mlp-width", "64",
+            "--text-vocabulary", "300", "--batch-size", "4", "--steps", "6", "--log-every", "2", "--evaluate-every",
+            "4", "--checkpoint-every", "3", "--workers", "0", "--device", "cpu", "--out", str(tmp_path / "run")]
+
+
+@pytest.fixture
+def caption_run(encoder_folder, ar_run):
+    start = ar_run.index("--width")
+    return ["--stage", "caption", "--encoder", str(encoder_folder), "--image-size", "16", "--data",
+            ar_run[ar_run.index("--data") + 1], *ar_run[start:]]
+
+
+def without_sizes(ar_run):
+    """These arguments without the flags that a Qwen3 checkpoint has fixed, and their values."""
+    fixed = {f"--{name.replace('_', '-')}" for name in FIXED_BY_QWEN3}
+    return [word for before, word in zip([None, *ar_run], ar_run) if not {before, word} & fixed]
+
+
+def make_run(arguments):
+    import train
+
+    args = train.parse_args(arguments)
+    return train.make_run(args, train.settings_for(args, args.stage))
+
+
+def take_steps(run, count):
+    """Train for some steps and return the terms of the loss in each."""
+    terms = []
+    for _, batch in zip(range(count), run.batches()):
+        run.window = {}
+        run.step(batch)
+        terms.append({name: total.item() for name, (total, _) in run.window.items() if total.dim() == 0})
+    return terms
+
+
+def weights(folder):
+    return (folder / "model.safetensors").read_bytes()
+
+
+def assert_resume_is_exact(command, tmp_path):
+    """Train once in one go and once with two interruptions; weights and log lines must be the same."""
+    import train
+
+    train.main(command)
+    whole = tmp_path / "run"
+    parts = tmp_path / "parts"
+    arguments = command[:-1] + [str(parts)]
+
+    class Stopped(Exception):
+        pass
+
+    kind = type(make_run(command))
+    steps = kind.step
+    for stop_at in (2, 5):  # one before the first checkpoint, one between two checkpoints
+        def step(run, batch):
+            if run.done == stop_at:
+                raise Stopped
+            steps(run, batch)
+
+        kind.step = step
+        try:
+            with pytest.raises(Stopped):
+                train.main(arguments + ["--resume"])
+        finally:
+            kind.step = steps
+    train.main(arguments + ["--resume"])
+    assert weights(parts) == weights(whole)
+    strip = [[{k: v for k, v in json.loads(line).items() if k != "images_per_second"}
+              for line in (folder / "metrics.jsonl").read_text().splitlines()] for folder in (whole, parts)]
+    assert strip[0] == strip[1]
+
+
+def command(*arguments):
+    return [sys.executable, str(ROOT / arguments[0]), *map(str, arguments[1:])]
+
+
+def torchrun(*arguments, ranks=2):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    return subprocess.run(command + [str(argument) for argument in arguments], cwd=ROOT, capture_output=True, text=True,
+                          timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"})

@@ -1,0 +1,116 @@
+"""What is exported: encoders that transformers reads, tokens in shards, graphs in ONNX."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import sample
+import vqrae
+from conftest import family_twin, normalise, small_model, small_vit
+from export import save_encoder
+from support.images import ImageSet
+
+
+# --- encoders ---
+
+
+def test_a_saved_encoder_loads_as_the_same_encoder(tmp_path):
+    torch.manual_seed(1)
+    encoder, images = vqrae.Encoder(small_vit()).eval(), torch.rand(2, 3, 16, 16)
+    save_encoder(encoder, tmp_path)
+    assert torch.equal(vqrae.load_encoder(tmp_path)(images), encoder(images))
+
+
+@pytest.mark.parametrize("family", ["dinov2_with_registers", "siglip_vision_model", "clip_vision_model",
+                                    "internvl_vision"])
+def test_what_we_write_loads_in_transformers_own_class_with_no_key_too_few_or_too_many(family, tmp_path):
+    import transformers
+
+    twin, patch_tokens = family_twin(family)
+    twin.save_pretrained(tmp_path / "theirs")
+    save_encoder(vqrae.load_encoder(tmp_path / "theirs"), tmp_path / "ours")
+    kind = getattr(transformers, vqrae.FAMILIES[family][1])
+    again, report = kind.from_pretrained(tmp_path / "ours", output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
+    images = torch.rand(2, 3, 20, 20)
+    with torch.no_grad():
+        ours = vqrae.load_encoder(tmp_path / "ours")
+        found = again.eval()((images - ours.mean) / ours.std).last_hidden_state[:, -25:]
+    torch.testing.assert_close(found, patch_tokens(images), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ours(images), patch_tokens(images), rtol=1e-5, atol=1e-5)
+
+
+def test_the_exported_encoder_and_tokenizer_are_those_of_the_model(saved_model, tmp_path):
+    import transformers
+
+    sample.main(["export", "--format", "hf", "--model", str(saved_model), "--out", str(tmp_path / "out"), "--device",
+                 "cpu"])
+    model, images = vqrae.VQRAE.from_pretrained(saved_model), torch.rand(2, 3, 16, 16)
+    twin, report = transformers.Dinov2Model.from_pretrained(tmp_path / "out/encoder", output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
+    features, indices = model.encode(images)
+    with torch.no_grad():
+        found = twin.eval()(normalise(images)).last_hidden_state[:, 1:]
+    torch.testing.assert_close(found, features, rtol=1e-5, atol=1e-5)
+    assert torch.equal(vqrae.VQRAE.from_pretrained(tmp_path / "out/tokenizer").encode(images)[1], indices)
+
+
+# --- tokens and graphs ---
+
+
+def test_exported_tokens_are_the_codes_and_an_interrupted_export_goes_on(saved_model, photo_folder, tmp_path,
+                                                                         monkeypatch):
+    arguments = ["export", "--format", "tokens", "--model", str(saved_model), "--data", str(photo_folder), "--split",
+                 "all", "--shard-size", "5", "--out", str(tmp_path / "out"), "--device", "cpu"]
+    sample.main(arguments)
+    index = json.loads((tmp_path / "out/index.json").read_text())
+    assert [shard["images"] for shard in index["shards"]] == [5, 5, 2] and index["tokens_per_image"] == 16
+    shards = [load_file(tmp_path / "out" / shard["file"]) for shard in index["shards"]]
+    images = ImageSet(photo_folder, "all", 16)
+    batch = next(iter(images.batches(range(12), 12)))
+    expected = vqrae.VQRAE.from_pretrained(saved_model).encode(batch.float() / 255)[1]
+    assert torch.equal(torch.cat([shard["codes"] for shard in shards]).long(), expected)
+    assert sum((shard["names"] for shard in index["shards"]), []) == [record["name"] for record in images.records]
+    before = (tmp_path / "out/index.json").read_bytes()
+    (tmp_path / "out" / index["shards"][1]["file"]).unlink()
+    calls, real = [], vqrae.VQRAE.encode
+    monkeypatch.setattr(vqrae.VQRAE, "encode", lambda model, x: (calls.append(len(x)), real(model, x))[1])
+    sample.main(arguments)
+    assert calls == [5] and (tmp_path / "out/index.json").read_bytes() == before
+    small_model(seed=9).save_pretrained(saved_model)
+    with pytest.raises(SystemExit, match="tokens of another model or other images"):
+        sample.main(arguments)
+
+
+def test_an_export_does_not_go_on_in_shards_of_another_size(saved_model, photo_folder, tmp_path):
+    arguments = ["export", "--format", "tokens", "--model", str(saved_model), "--data", str(photo_folder), "--out",
+                 str(tmp_path / "out"), "--device", "cpu", "--shard-size"]
+    with pytest.raises(SystemExit, match="do not divide into patches"):
+        sample.main(arguments + ["5", "--image-size", "18"])
+    sample.main(arguments + ["5"])  # what failed before anything was written is no obstacle
+    assert sum(shard["images"] for shard in json.loads((tmp_path / "out/index.json").read_text())["shards"]) == 12
+    with pytest.raises(SystemExit, match="shards of another size"):
+        sample.main(arguments + ["4"])
+
+
+@pytest.mark.parametrize("K", [40, 4097])  # few codes, and more than the search sees at a time
+def test_exported_onnx_graphs_say_what_torch_says_of_batches_of_any_size(K, saved_model, tmp_path, capsys, monkeypatch):
+    onnxruntime = pytest.importorskip("onnxruntime", reason="pip install onnx onnxscript onnxruntime")
+    small_model(codebook_size=K).save_pretrained(saved_model)
+    arguments = ["export", "--format", "onnx", "--model", str(saved_model), "--out", str(tmp_path / "out"), "--device",
+                 "cpu", "--image-size", "24"]
+    sample.main(arguments)
+    assert "codes equal torch's" in capsys.readouterr().out
+    model, images = vqrae.VQRAE.from_pretrained(saved_model), torch.rand(5, 3, 24, 24)
+    encode, decode = (onnxruntime.InferenceSession(tmp_path / f"out/{name}.onnx") for name in ("encode", "decode"))
+    _, indices = model.encode(images)
+    assert np.array_equal(encode.run(["indices"], {"images": images.numpy()})[0], indices)
+    decoded = decode.run(["images"], {"indices": indices.numpy()})[0]
+    np.testing.assert_allclose(decoded, model.decode(indices), atol=1e-4)
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    with pytest.raises(SystemExit, match="needs packages: pip install onnx onnxscript onnxruntime"):
+        sample.main(arguments)

@@ -1,0 +1,238 @@
+"""sample.py: reconstruct, evaluate, codes, generate and caption."""
+
+import json
+import subprocess
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import sample
+import vqrae
+from conftest import command, edit, small_captioner, small_model, small_vit, write_variants
+from export import save_encoder
+from presets import SAMPLING
+from support.images import ImageSet, eight_bits
+from support.text import caption_of
+
+
+# --- reconstruct ---
+
+
+def test_reconstruct_writes_a_picture_for_every_readable_file(saved_model, tmp_path, capsys):
+    names = write_variants(tmp_path)
+    (tmp_path / "broken.png").write_bytes(b"broken")
+    sample.main(["reconstruct", *(str(tmp_path / name) for name in names + ["broken.png"]), "--model", str(saved_model),
+                 "--out", str(tmp_path / "pictures"), "--device", "cpu"])
+    assert len(list((tmp_path / "pictures").glob("*.png"))) == len(names)
+    assert "broken.png" in capsys.readouterr().err
+
+
+def test_reconstruct_without_files_shows_a_split_and_models_side_by_side(saved_model, photo_folder, tmp_path):
+    small_model(seed=1).save_pretrained(tmp_path / "other")
+    sizes = []
+    for beside in ([], ["--beside", str(tmp_path / "other")]):
+        sample.main(["reconstruct", "--model", str(saved_model), "--data", str(photo_folder), "--split", "all",
+                     "--out", str(tmp_path), "--device", "cpu", *beside])
+        sizes.append(Image.open(tmp_path / "reconstructions.png").size)
+    assert sizes[0] != sizes[1]
+
+
+def test_reconstruct_shows_last_what_a_generator_writes_from_the_captions(written_models, photo_folder, tmp_path):
+    sample.main(["reconstruct", "--model", written_models["vqrae"], "--generator", written_models["ar"], "--data",
+                 str(photo_folder), "--split", "all", "--out", str(tmp_path), "--device", "cpu"])
+    found = np.asarray(Image.open(tmp_path / "reconstructions.png"))
+    lm = vqrae.VisualLM.from_pretrained(written_models["ar"])
+    records = ImageSet(photo_folder, "all", 16).records
+    written = lm.generate([caption_of(record) for record in records], **SAMPLING, seed=0)
+    image = eight_bits(vqrae.VQRAE.from_pretrained(written_models["vqrae"]).decode(written[:1]))[0]
+    side, x = 128, 12 + 2 * (128 + 4)  # behind the first original and its reconstruction
+    assert np.array_equal(found[12:12 + side:8, x:x + side:8], (255 * image).round().byte().permute(1, 2, 0).numpy())
+
+
+# --- evaluate ---
+
+
+def test_evaluate_prints_a_table_and_json_and_names_the_frechet_encoder(saved_model, photo_folder, encoder_folder,
+                                                                         capsys, monkeypatch):
+    monkeypatch.setattr(sample, "lpips_distance", lambda device: None)  # would ask the network for VGG16
+    sample.main(["evaluate", "--model", str(saved_model), "--data", str(photo_folder), "--split", "all",
+                 "--frechet-encoder", str(encoder_folder), "--device", "cpu"])
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["images"] == 12 and result["tokens"] == 12 * 16
+    assert result[f"frechet_{encoder_folder.name}"] > 0 and not any("fid" in name.lower() for name in result)
+    side = 2 * vqrae.load_encoder(encoder_folder).config.image_size
+    sample.main(["evaluate", "--model", str(saved_model), "--data", str(photo_folder), "--split", "all", "--device",
+                 "cpu", "--frechet-encoder", str(encoder_folder), "--frechet-size", str(side)])
+    closer = json.loads(capsys.readouterr().out.splitlines()[-1])[f"frechet_{encoder_folder.name}_at_{side}_pixels"]
+    assert closer > 0 and closer != result[f"frechet_{encoder_folder.name}"]
+    with pytest.raises(SystemExit, match="do not divide into patches"):
+        sample.main(["evaluate", "--model", str(saved_model), "--data", str(photo_folder), "--device", "cpu",
+                     "--frechet-encoder", str(encoder_folder), "--frechet-size", str(side + 1)])
+
+
+def test_evaluate_measures_understanding_beside_the_teacher(saved_model, photo_folder, encoder_folder, tmp_path,
+                                                            capsys, monkeypatch):
+    monkeypatch.setattr(sample, "lpips_distance", lambda device: None)
+    arguments = ["evaluate", "--model", str(saved_model), "--data", str(photo_folder), "--device", "cpu",
+                 "--frechet-encoder", str(encoder_folder), "--teacher"]
+    sample.main(arguments + [str(encoder_folder)])
+    said = capsys.readouterr().out
+    rows = json.loads(said.splitlines()[-1])["understanding"]
+    assert set(rows) == {"teacher", "continuous", "discrete"} and rows["teacher"]["cosine"] == pytest.approx(1)
+    assert all(f"{row['category_transfer']:.4f}" in said for row in rows.values())
+    torch.manual_seed(0)
+    save_encoder(vqrae.Encoder(small_vit(width=12)), tmp_path / "other")
+    sample.main(arguments + [str(tmp_path / "other")])
+    assert "--teacher names the encoder that it was trained from" in capsys.readouterr().err
+
+
+def test_clusters_are_drawn_and_what_they_follow_is_measured(saved_model, photo_folder, encoder_folder, tmp_path,
+                                                             capsys, monkeypatch):
+    monkeypatch.setattr(sample, "lpips_distance", lambda device: None)
+    sample.main(["evaluate", "--model", str(saved_model), "--data", str(photo_folder), "--split", "all", "--device",
+                 "cpu", "--frechet-encoder", str(encoder_folder), "--clusters", "3", "--out", str(tmp_path)])
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])["clusters"]
+    for measures in found.values():
+        assert 0.5 <= measures["category_purity"] <= 1 and 0 < measures["colour_explained"] <= 1
+    with pytest.raises(SystemExit, match="--clusters 1 would put all images into one"):
+        sample.main(["evaluate", "--model", str(saved_model), "--clusters", "1"])
+    assert set(found) == {"continuous", "discrete"} and Image.open(tmp_path / "clusters.png").size[0] > 500
+
+
+def test_evaluate_of_a_generator_shows_ceiling_and_floor(written_models, photo_folder, encoder_folder, capsys):
+    sample.main(["evaluate", "--model", written_models["ar"], "--data", str(photo_folder), "--count", "5", "--device",
+                 "cpu", "--frechet-encoder", str(encoder_folder)])
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    training, held_out = result["training captions"], result["held-out captions"]
+    assert training["pictures"] == 5 and held_out["pictures"] == 1  # a twentieth of twelve is held out
+    for row in ("generated", "reconstructed (ceiling)", "shuffled captions (floor)"):
+        assert set(training[row]) == {"name", "category"}  # one picture has no covariance, so no Frechet distance
+        assert all(0 <= share <= 1 for share in training[row].values())
+
+
+def test_swapping_in_the_same_encoder_changes_nothing(written_models, photo_folder, tmp_path, capsys):
+    captioner = vqrae.Captioner.from_pretrained(written_models["caption"])
+    save_encoder(captioner.encoder, tmp_path / "same")
+    sample.main(["evaluate", "--model", written_models["caption"], "--data", str(photo_folder), "--split", "all",
+                 "--encoder", str(tmp_path / "same"), written_models["vqrae"], "--device", "cpu"])
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    rows = [value for name, value in result.items() if "encoder" in name]
+    assert len(rows) == 3 and rows[0] == rows[1] and set(rows[2]) == {"exact", "category"}
+    images = torch.rand(2, 3, 16, 16)
+    before = captioner.encoder(images)
+    sample.swap_encoder(captioner, tmp_path / "same", torch.device("cpu"))
+    assert torch.equal(captioner.encoder(images), before)
+    sample.swap_encoder(captioner, written_models["vqrae"], torch.device("cpu"))
+    assert not torch.equal(captioner.encoder(images), before)
+
+
+# --- codes ---
+
+
+def test_codes_draws_the_patches_that_chose_each_code(saved_model, photo_folder, tmp_path):
+    sample.main(["codes", "--model", str(saved_model), "--data", str(photo_folder), "--split", "all", "--device", "cpu",
+                 "--out", str(tmp_path / "pictures")])
+    assert Image.open(tmp_path / "pictures/codes.png").size[0] > 100
+
+
+def test_beyond_the_edge_of_an_image_codes_draws_nothing_that_looks_like_image(saved_model, tmp_path):
+    for name in "ab":
+        Image.new("RGB", (16, 16), "yellow").save(tmp_path / f"{name}.png")
+    sample.main(["codes", "--model", str(saved_model), "--data", str(tmp_path), "--split", "all", "--device", "cpu",
+                 "--out", str(tmp_path / "pictures")])
+    drawn = np.asarray(Image.open(tmp_path / "pictures/codes.png").convert("RGB"))[:, 64:]  # right of the labels
+    assert not (drawn.max(2) < 100).any()
+
+
+# --- generate and caption ---
+
+
+def test_generate_writes_a_grid_and_single_pictures_that_a_seed_repeats(written_models, tmp_path):
+    for out, seed in (("a", "0"), ("b", "0"), ("c", "1")):
+        sample.main(["generate", "a red apple", "Cat / face?", "a red apple", "--model", written_models["ar"],
+                     "--count", "2", "--seed", seed, "--out", str(tmp_path / out), "--device", "cpu"])
+    names = {"grid.png", "cat-face-0.png", "cat-face-1.png", *(f"a-red-apple-{i}.png" for i in range(4))}
+    assert {path.name for path in (tmp_path / "a").iterdir()} == names
+    pictures = [(tmp_path / out / "grid.png").read_bytes() for out in "abc"]
+    assert pictures[0] == pictures[1] != pictures[2]
+    assert Image.open(tmp_path / "a/cat-face-0.png").size == (16, 16)
+
+
+def test_without_a_caption_generate_draws_whatever_comes(written_models, tmp_path):
+    sample.main(["generate", "--model", written_models["ar"], "--out", str(tmp_path / "out"), "--device", "cpu"])
+    assert len(list((tmp_path / "out").glob("unconditional-*.png"))) == 16
+
+
+def test_caption_says_a_line_for_every_readable_file(written_models, tmp_path, capsys):
+    names = write_variants(tmp_path)
+    (tmp_path / "broken.png").write_bytes(b"broken")
+    sample.main(["caption", *(str(tmp_path / name) for name in names + ["broken.png"]), "--model",
+                 written_models["caption"], "--device", "cpu"])
+    said = capsys.readouterr()
+    assert [line.split(":")[0] for line in said.out.splitlines()] == [str(tmp_path / name) for name in names]
+    assert "broken.png" in said.err
+
+
+def test_a_captioner_remembers_the_size_of_its_images(tmp_path):
+    small_captioner().save_pretrained(tmp_path / "caption")
+    edit(tmp_path / "caption/config.json", '"image_size": 16,\n  "lm"', '"image_size": 12,\n  "lm"')
+    args = sample.parse_args(["caption", "x.png", "--model", str(tmp_path / "caption")])
+    sample.load_captioner(args, torch.device("cpu"))
+    assert args.image_size == 12
+
+
+# --- what cannot be done is one sentence ---
+
+
+@pytest.mark.parametrize("arguments, sentence", [
+    (["evaluate", "--model", "/nowhere"], "no model at /nowhere"),
+    (["evaluate", "--model", "{model}", "--data", "/nowhere"], "no images at /nowhere"),
+    (["evaluate", "--model", "{model}", "--data", "{photos}", "--image-size", "18"], "do not divide into patches"),
+    (["reconstruct", "/nowhere.png", "--model", "{model}"], "none of the given files"),
+])
+def test_a_wrong_argument_of_sample_is_one_sentence(saved_model, photo_folder, tmp_path, arguments, sentence,
+                                                    monkeypatch):
+    monkeypatch.setattr(sample, "lpips_distance", lambda device: None)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match=sentence):
+        sample.main([part.format(model=saved_model, photos=photo_folder) for part in arguments])
+
+
+def test_an_error_on_the_command_line_is_a_sentence_and_an_exit_code_not_a_traceback(tmp_path):
+    arguments = command("sample.py", "codes", "--model", tmp_path / "nothing")
+    result = subprocess.run(arguments, capture_output=True, text=True)
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert result.stderr.startswith("error: no model at")
+
+
+@pytest.mark.parametrize("arguments, sentence", [
+    (["generate", "x", "--model", "{vqrae}"], "does not describe a VisualLM"),
+    (["reconstruct", "x.png", "--model", "{vqrae}", "--generator", "{ar}"], "--generator needs captions"),
+    (["caption", "x.png", "--model", "{ar}"], "does not describe a Captioner"),
+    (["evaluate", "--model", "{ar}", "--split", "train"], "--split is not for a generator"),
+    (["evaluate", "--model", "{caption}", "--top-k", "5"], "--top-k is not for a captioner"),
+    (["evaluate", "--model", "{vqrae}", "--encoder", "x"], "--encoder is not for a tokenizer"),
+    (["export", "--model", "{vqrae}", "--format", "hf", "--data", "x"], "--data is not for --format hf"),
+    (["caption", "x.png", "--model", "{caption}"], "none of the given files"),
+    (["caption", "x.png", "--model", "{caption}", "--encoder", "data/tiny_vit"], "has other sizes"),
+    (["reconstruct", "x.png", "--model", "{ar}"], "does not describe a VQRAE"),
+])
+def test_a_model_of_another_kind_is_one_sentence(written_models, arguments, sentence):
+    with pytest.raises(SystemExit, match=sentence) as error:
+        sample.main([part.format(**written_models) for part in arguments])
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("command, sentence", [("evaluate", "holds no JSON object"), ("codes", "does not describe a")])
+def test_a_config_that_is_no_object_is_one_sentence(saved_model, command, sentence):
+    (saved_model / "config.json").write_text("7")
+    with pytest.raises(SystemExit, match=sentence):
+        sample.main([command, "--model", str(saved_model)])
+
+
+def test_a_generator_and_a_tokenizer_that_do_not_belong_together_are_one_sentence(written_models, tmp_path):
+    small_model(codebook_size=16, codebook_dim=8).save_pretrained(tmp_path / "ar/vqrae")
+    with pytest.raises(SystemExit, match="they were not trained together"):
+        sample.main(["generate", "x", "--model", written_models["ar"], "--device", "cpu"])

@@ -1,0 +1,119 @@
+"""Captions: what a record says, the text tokenizer, misread codes and turned colours."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+import vqrae
+from conftest import WORDS, edit, seeds, text_lm
+from support.files import InputError
+from support.images import ImageSet
+from support.text import (COLOURS, END_OF_TEXT, START_OF_IMAGE, caption_of, misread, recolour, text_of,
+                          train_text_tokenizer, turn_colour)
+
+
+# --- captions ---
+
+
+@pytest.mark.parametrize("record, styled, plain", [
+    ({"style": "noto", "caption": "red apple", "category": "Food & Drink"}, "noto red apple", "red apple"),
+    ({"name": "tench/1.jpg", "category": "great_white_shark"}, "great white shark", "great white shark"),
+    ({"name": "1.jpg", "category": ""}, "", ""),
+])
+def test_a_caption_is_style_and_words_or_the_name_of_the_class(record, styled, plain):
+    assert caption_of(record) == styled and caption_of(record, style=False) == plain
+
+
+@pytest.mark.parametrize("record, text", [
+    ({"category": "Food & Drink", "caption": "red apple", "style": "noto"}, "Food & Drink: red apple"),
+    ({"category": "great_white_shark"}, "great white shark"), ({"category": ""}, "")])
+def test_a_captioner_is_to_say_category_and_caption_as_far_as_there_are(record, text):
+    assert text_of(record) == text
+
+
+# --- the text tokenizer ---
+
+
+@given(text=st.text(st.characters(min_codepoint=32, max_codepoint=0x2FFFF, exclude_categories=["Cs"]), max_size=30))
+def test_the_text_tokenizer_reads_any_text_and_loses_only_case_and_form(text):
+    import unicodedata
+
+    tokenizer = train_text_tokenizer(WORDS, 300)
+    expected = tokenizer.normalizer.normalize_str(text)
+    for special in (START_OF_IMAGE, END_OF_TEXT):
+        if special in text:
+            return
+    assert tokenizer.decode(tokenizer.encode(text).ids).strip() == expected.strip()
+    plain = unicodedata.normalize("NFKC", text)
+    if plain.isascii() and not plain.lower().lstrip().startswith(("a ", "an ", "the ")):
+        assert expected == plain.lower().strip()
+
+
+@pytest.mark.parametrize("damage, sentence", [
+    (lambda folder: (folder / "tokenizer.json").unlink(), "cannot read the text tokenizer"),
+    (lambda folder: (folder / "tokenizer.json").write_text("{}"), "cannot read the text tokenizer"),
+    (lambda folder: edit(folder / "tokenizer.json", START_OF_IMAGE, "<|start|>"), "has no token"),
+    (lambda folder: train_text_tokenizer([*WORDS, "a great many more words"], 400).save(
+        str(folder / "tokenizer.json")), "has more tokens than"),
+])
+def test_a_damaged_text_tokenizer_is_one_sentence(tmp_path, damage, sentence):
+    text_lm().save_pretrained(tmp_path)
+    damage(tmp_path)
+    with pytest.raises(InputError, match=sentence):
+        vqrae.VisualLM.from_pretrained(tmp_path)
+
+
+# --- for small sets: misread codes, turned colours ---
+
+
+@given(seed=seeds, most=st.floats(0, 1))
+def test_misread_codes_are_other_codes_of_the_batch_and_no_more_than_asked(seed, most):
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(1000, (4, 500), generator=generator)
+    seen = misread(codes, most, generator)
+    assert seen.shape == codes.shape and set(seen.flatten().tolist()) <= set(codes.flatten().tolist())
+    assert (seen != codes).float().mean(1).max() <= most + 0.1  # 500 draws: five standard deviations at the most
+    assert (seen != codes).float().mean() >= most / 2 - 0.45  # four images' shares are half of it on average
+    everything = misread(torch.arange(2000).view(4, 500), 1.0, generator) != torch.arange(2000).view(4, 500)
+    assert 0.05 < everything.float().mean() < 0.95 and torch.equal(misread(codes, 0.0, generator), codes)
+
+
+class SeesOnly:
+    """In a tokenizer's place: what it is shown is what it gives for codes."""
+
+    def encode(self, images):
+        return None, (255 * images).round().long()
+
+
+def test_a_green_apple_in_red_is_learned_as_a_red_apple_and_stays_an_apple():
+    images = ImageSet("data/emoji", "train", 64)
+    captions = [caption_of(record) for record in images.records]
+    places = [captions.index(caption) for caption in ("noto green apple", "noto blue circle", "noto orange circle",
+                                                      "twemoji green apple", "noto man: red hair")]
+    seen, records = recolour(SeesOnly(), images, places)
+    told = [caption_of(record) for record in records]
+    assert len(seen) == len(told) == len(set(told)) and not set(told) & {captions[place] for place in places}
+    assert {caption.split(" ", 2)[2] for caption in told} == {"apple", "circle"}  # captions that begin with a colour
+    for style, place in (("noto", places[0]), ("twemoji", places[3])):
+        [green], red = images.batches([place], 1), seen[told.index(f"{style} red apple")].double()
+        white = green[0].amin(0) > 250
+        assert white.any() and (red[:, white] > 245).all()
+        strong = green[0].double().amax(0) - green[0].double().amin(0) > 60
+        r, g, b = red[:, strong].mean(1)
+        assert r > g + 20 and r > b + 20
+        r, g, b = green[0].double()[:, strong].mean(1)
+        assert g > r + 20 and g > b + 20
+
+
+@given(old=st.sampled_from(list(COLOURS)), new=st.sampled_from(list(COLOURS)), grey=st.integers(0, 255))
+def test_grey_stays_grey_in_any_colour(old, new, grey):
+    image = torch.full((1, 3, 8, 8), grey, dtype=torch.uint8)
+    torch.testing.assert_close(turn_colour(image, old, new), image, atol=1, rtol=0)
+
+
+def test_captions_without_a_colour_are_not_recoloured(tmp_path):
+    Image.new("RGB", (64, 64), "green").save(tmp_path / "green.png")
+    images = ImageSet(tmp_path, "all", 64)
+    assert recolour(SeesOnly(), images, range(len(images))) == (None, [])
