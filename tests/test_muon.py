@@ -5,8 +5,8 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-import train
 from conftest import seeds
+from support.muon import Muon
 
 
 @given(st.integers(1, 3), st.integers(2, 12), st.integers(2, 12), seeds)
@@ -14,7 +14,7 @@ def test_muon_steps_along_the_singular_vectors_with_all_singular_values_near_1(c
     x = np.random.RandomState(seed % 2**32).randn(count, rows, columns)
     u, s, vt = np.linalg.svd(x, full_matrices=False)
     assume((s[:, -1] > 0.02 * s[:, 0]).all())  # what is far smaller grows too, but not to 1 in five rounds
-    y = train.Muon([torch.zeros(2, 2)], torch.float32, 0.95).orthogonalise(torch.tensor(x).float()).double().numpy()
+    y = Muon([torch.zeros(2, 2)], torch.float32, 0.95).orthogonalise(torch.tensor(x).float()).double().numpy()
     turned = u.transpose(0, 2, 1) @ y @ vt.transpose(0, 2, 1)  # (count, rank, rank)
     values = turned.diagonal(axis1=1, axis2=2)
     assert (values > 0.5).all() and (values < 1.3).all()
@@ -28,7 +28,7 @@ def test_muon_in_bf16_is_torchs_muon(shapes, seed):
     ours = [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
     theirs = [p.detach().clone().requires_grad_() for p in ours]
     torchs = torch.optim.Muon(theirs, lr=0.01, weight_decay=0.1, momentum=0.9, adjust_lr_fn="match_rms_adamw")
-    muon = train.Muon([{"params": ours, "lr": 0.01, "weight_decay": 0.1}], torch.bfloat16, momentum=0.9)
+    muon = Muon([{"params": ours, "lr": 0.01, "weight_decay": 0.1}], torch.bfloat16, momentum=0.9)
     for _ in range(3):
         for p, q in zip(ours, theirs):
             p.grad = torch.randn(p.shape, generator=generator)
