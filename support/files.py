@@ -36,7 +36,7 @@ def replacing(path):
 
 def replace_text(path, text):
     """Write a file in one step: whoever reads it, whenever the power fails, meets the old text or the new one."""
-    with vqrae.replacing(path) as part:
+    with replacing(path) as part:
         part.write_text(text)
 
 
