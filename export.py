@@ -58,6 +58,36 @@ def save_encoder(encoder, folder, dtype=torch.float32):
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
+def export_tokens(model, images, folder, shard_size=10000, batch_size=64, device="cpu"):
+    """Write the codes of all images of an ImageSet in shards of so many images, and index.json beside them.
+
+    A shard that is there is not written again; InputError when the folder is of other codes, which digest.txt tells.
+    Returns what index.json says: of each shard its file, and of each image in it name and caption.
+    """
+    digest, records, shards = codes_digest(model, images), images.records, []
+    folder = Path(folder)
+    note, wanted = folder / "digest.txt", f"{digest} in shards of {shard_size}\n"
+    if note.exists() and note.read_text() != wanted:
+        raise InputError(f"{folder} holds tokens of another model or other images, or in shards of another size; "
+                         "choose another --out")
+    for shard, begin in enumerate(tqdm(range(0, len(images), shard_size), desc="tokens", unit="shard")):
+        path = folder / f"codes-{shard:05}.safetensors"
+        if not path.exists():
+            keys = range(begin, min(begin + shard_size, len(images)))
+            codes_and_places = codes_of(model, images, keys, batch_size, device)
+            folder.mkdir(parents=True, exist_ok=True)
+            note.write_text(wanted)
+            write_codes(path, *codes_and_places)
+        places = read_safetensors(path)["places"].tolist()
+        shards.append({"file": path.name, "images": len(places), "names": [records[i].get("name") for i in places],
+                       "captions": [caption_of(records[i]) for i in places]})
+    index = {"codebook_size": model.config.codebook_size, "codebooks": getattr(model.config, "codebooks", 1),
+             "tokens_per_image": (images.size // model.config.encoder.patch_size) ** 2, "digest": digest,
+             "shards": shards}
+    replace_text(folder / "index.json", json.dumps(index))
+    return index
+
+
 class ToCodes(torch.nn.Module):
     """Images (B, 3, H, W) -> codes (B, N): `VQRAE.encode` with one product in the place of its search in chunks."""
 
@@ -82,29 +112,30 @@ class ToImages(torch.nn.Module):
         return self.model.decode(indices)
 
 
-def export_onnx(args, model):
-    """Write encode.onnx and decode.onnx for images of --image-size, and ask both what torch says of some images."""
+def export_onnx(model, side, folder):
+    """Write encode.onnx and decode.onnx of a VQRAE on the CPU, for batches of any number of side x side images.
+
+    Both are asked what torch says of some images: codes must be equal, InputError if not. Returns by how much images
+    differ at most. InputError too when packages are missing.
+    """
     try:
         import onnxruntime
         import onnxscript  # noqa: F401  what torch exports with
     except ImportError as error:
         raise InputError(f"--format onnx needs packages: pip install onnx onnxscript onnxruntime ({error})") from None
-    side, p = args.image_size, model.config.encoder.patch_size
+    p, folder = model.config.encoder.patch_size, Path(folder)
     images = torch.rand(3, 3, side, side, generator=torch.Generator().manual_seed(0))
     _, indices = model.encode(images)  # (3, N); InputError when patches do not fit
-    if indices.dim() == 3:
-        raise InputError(f"--format onnx is for models of VQRAE's quantizers; the one in {args.model} is "
-                         f"{model.config.quantizer}")
     expected = {"encode": (images, indices), "decode": (indices, model.decode(indices))}
     resized, encoder = copy.deepcopy(model), model.encoder
     with torch.no_grad():  # ONNX cannot resize positions as torch does, so they come in the size of the images
         resized.encoder.positions = torch.nn.Parameter(encoder.positions_for(side // p, side // p))
     resized.encoder.config = replace(encoder.config, image_size=side)
     graphs = {"encode": ToCodes(resized), "decode": ToImages(resized)}
-    args.out.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     worst = 0.0
     for name, (given, answer) in expected.items():
-        path = args.out / f"{name}.onnx"
+        path = folder / f"{name}.onnx"
         torch.onnx.export(graphs[name].eval(), (given[:2],), path, dynamo=True, verbose=False, dynamic_shapes=(
             {0: torch.export.Dim("batch")},), input_names=["images" if name == "encode" else "indices"],
             output_names=["indices" if name == "encode" else "images"])
@@ -115,5 +146,4 @@ def export_onnx(args, model):
             worst = max(worst, gap)  # of the images: codes that differ at all end here
             if gap > (0 if name == "encode" else 1e-4):
                 raise InputError(f"{path} does not say what torch says, but something else by up to {gap}")
-    print(f"{args.out}/encode.onnx and decode.onnx, for batches of {side} x {side} pixels: onnxruntime's codes equal "
-          f"torch's, and its images to within {worst:.1e}")
+    return worst

@@ -1,11 +1,14 @@
 """Section 4.1's measures: of pixels, of the use of a codebook, and of what features understand."""
 
+import sys
+from collections import Counter, defaultdict
+
 import torch
 import torch.nn.functional as F
 
 from support.files import InputError
 from support.images import eight_bits, resize_to
-from support.text import text_of
+from support.text import caption_of, text_of
 
 
 def psnr(x, y):
@@ -249,3 +252,100 @@ def caption_accuracy(captioner, images, batch_size=64, device="cpu", workers=0):
             right["exact"] += said == wanted
             right["category"] += said.split(": ")[0] == wanted.split(": ")[0]
     return {name: count / len(images) for name, count in right.items()}
+
+
+@torch.no_grad()
+def generation(write, rebuild, encoder, train_images, val_images, count=None, batch_size=64, seed=0, frechet="frechet"):
+    """Do pictures show what their captions say, and do they look like the held-out images of an ImageSet?
+
+    `write` makes pictures (n, 3, H, W) of captions, `rebuild` is a tokenizer's reconstruction of images (B, 3, H, W);
+    both end on the CPU. Of each split `count` captions are taken, or as many as there are held-out images.
+
+    A picture counts for an emoji, a category or a subcategory when the real image of all splits that is nearest to it
+    in the encoder's features does. Beside it the reconstructions of the images that the captions belong to (what codes
+    can show when they are right: the reference), and the same pictures held against shuffled captions (what they would
+    reach by chance: the floor). The Frechet distance to the held-out images, in the same features, is called `frechet`.
+    -> {split: {"pictures": their number, kind: {measure: value}}}
+    """
+    sets = {"training captions": train_images, "held-out captions": val_images}
+    real = {title: pooled_features(encoder, images.views(batch_size)) for title, images in sets.items()}  # (n, d) each
+    gallery, gallery_records = torch.cat(list(real.values())), train_images.records + val_images.records
+    result = {}
+    for title, images in sets.items():
+        chosen = images.spread_places(count or len(val_images))
+        records = [images.records[place] for place in chosen]
+        views = (batch.float() / 255 for batch in images.batches(chosen, batch_size))
+        pictures = {"generated": write([caption_of(record) for record in records]),
+                    "reconstructed (reference)": torch.cat([rebuild(x) for x in views])}
+        order = torch.randperm(len(chosen), generator=torch.Generator().manual_seed(seed)).tolist()
+        rows = {}
+        for kind, some in pictures.items():
+            features = pooled_features(encoder, eight_bits(some).split(batch_size))  # (n, d)
+            found, distance = [gallery_records[place] for place in nearest(features, gallery).tolist()], {}
+            if min(len(chosen), len(val_images)) > 1:  # one picture has no covariance
+                distance[frechet] = frechet_distance(features, real["held-out captions"])
+            rows[kind] = {**retrieval(found, records), **distance}
+            if kind == "generated":
+                rows["shuffled captions (floor)"] = {**retrieval(found, [records[i] for i in order]), **distance}
+        result[title] = {"pictures": len(chosen), **rows}
+    return result
+
+
+def lpips_distance(device):
+    """LPIPS as a function of two batches -> (B,), or None with a sentence when VGG16's weights are not to be had."""
+    import lpips
+
+    try:
+        network = lpips.LPIPS(net="vgg", verbose=False).to(device).eval()
+    except OSError as error:
+        print(f"LPIPS is left out: the weights of VGG16 cannot be fetched ({error})", file=sys.stderr)
+        return None
+    return lambda x, y: network(x, y, normalize=True).flatten()  # normalize: they are in [0, 1]
+
+
+@torch.no_grad()
+def clusters(model, images, count, batch_size=64, device="cpu"):
+    """K-means of an ImageSet, on the mean over tokens of the continuous features and on that of the discrete tokens.
+
+    Returns the images (n, 3, H, W) uint8, {"continuous", "discrete"} -> labels (n,) and distances to the centres (n,),
+    and {"continuous", "discrete"} -> `cluster_measures`.
+    """
+    from sklearn.cluster import KMeans
+
+    everything, vectors, clusterings = [], {"continuous": [], "discrete": []}, {}
+    for batch in images.batches(range(len(images)), batch_size):
+        out = model(batch.to(device).float() / 255)
+        everything.append(batch)
+        vectors["continuous"].append(model.standardise(out.features).mean(1).cpu())  # (B, d)
+        vectors["discrete"].append(out.z_q.mean(1).cpu())  # (B, e)
+    everything = torch.cat(everything)
+    for name, parts in vectors.items():
+        means = KMeans(min(count, len(everything)), random_state=0)
+        distances = torch.from_numpy(means.fit_transform(torch.cat(parts).double().numpy()))  # (n, K)
+        clusterings[name] = distances.argmin(1), distances.amin(1)
+    return everything, clusterings, {name: cluster_measures(labels, everything, images.records)
+                                     for name, (labels, _) in clusterings.items()}
+
+
+def cluster_measures(labels, images, records):
+    """What clusters follow: labels (n,) of images (n, 3, H, W) uint8 with their records -> {measure: share in [0, 1]}.
+
+    NAME_purity: of the images, those whose category (style) is the most frequent one of their cluster; of categories
+    and styles that differ. NAME_explained: of the variance of mean colour, and of roughness (mean squared step between
+    neighbouring pixels), what lies between clusters.
+    """
+    result = {}
+    for key in ("category", "style"):
+        values = [record.get(key) for record in records]
+        if len(set(values)) > 1:
+            counters = defaultdict(Counter)
+            for label, value in zip(labels.tolist(), values):
+                counters[label][value] += 1
+            result[f"{key}_purity"] = sum(max(counter.values()) for counter in counters.values()) / len(values)
+    x = images.float() / 255
+    roughness = x.diff(dim=-1).pow(2).mean((1, 2, 3)) + x.diff(dim=-2).pow(2).mean((1, 2, 3))  # (n,)
+    for key, values in (("colour", x.mean((2, 3))), ("roughness", roughness[:, None])):
+        groups = [values[labels == cluster] for cluster in labels.unique()]
+        inside = sum((group - group.mean(0)).pow(2).sum() for group in groups)
+        result[f"{key}_explained"] = (1 - inside / (values - values.mean(0)).pow(2).sum()).item()
+    return result

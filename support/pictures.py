@@ -1,10 +1,28 @@
 """Pictures: images side by side, curves of a training, and what sample.py draws."""
 
+import re
+from collections import Counter, defaultdict
+from pathlib import Path
+
 from matplotlib.figure import Figure
-from PIL import Image
+from PIL import Image, ImageDraw, ImageOps
 from torchvision.transforms import functional as pixels
 
 from support.images import eight_bits
+
+
+def tile(image, side):
+    """An image (3, H, W), uint8 or floats in [0, 1], as a PIL image of `side` pixels."""
+    image = pixels.to_pil_image(eight_bits(image.cpu().float()) if image.is_floating_point() else image)
+    whole = side % image.width == 0  # then every pixel can become a square of pixels
+    return image.resize((side, side), Image.NEAREST if whole else Image.LANCZOS)
+
+
+def save(canvas, path):
+    """Write a picture, and the folder that it goes to if there is none."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    canvas.save(path)
 
 
 def save_side_by_side(versions, path, columns=None, side=128):
@@ -19,12 +37,9 @@ def save_side_by_side(versions, path, columns=None, side=128):
     canvas = Image.new("RGB", (columns * group + margin, rows * (side + margin) + margin), "#d0d0d0")
     for i, images in enumerate(zip(*versions)):
         for place, image in enumerate(images):
-            image = pixels.to_pil_image(eight_bits(image.cpu().float()))
-            whole = side % image.width == 0  # then every pixel can become a square of pixels
-            image = image.resize((side, side), Image.NEAREST if whole else Image.LANCZOS)
             x = margin + i % columns * group + place * (side + gap)
-            canvas.paste(image, (x, margin + i // columns * (side + margin)))
-    canvas.save(path)
+            canvas.paste(tile(image, side), (x, margin + i // columns * (side + margin)))
+    save(canvas, path)
 
 
 def draw_curves(lines, path):
@@ -52,3 +67,86 @@ def draw_curves(lines, path):
             axis.legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=90)
+
+
+def save_generated(images, captions, folder):
+    """Write pictures of captions, one after the other as many of each: a file each, and grid.png with a row a caption.
+
+    images (n, 3, H, W) in [0, 1]; the files are named after the captions, "" among them, and numbered.
+    """
+    count = len(images) // len(captions)
+    side, gap, label = 128, 6, 14
+    columns = min(count, 8)
+    rows = -(-count // columns)  # of one caption
+    height = label + rows * (side + gap)
+    canvas = Image.new("RGB", (gap + columns * (side + gap), gap + len(captions) * height), "white")
+    draw, names = ImageDraw.Draw(canvas), Counter()
+    for place, caption in enumerate(captions):
+        draw.text((gap, gap + place * height - 2), caption or "(no caption)", "black")
+        name = re.sub(r"\W+", "-", caption.lower()).strip("-")[:60] or "unconditional"
+        for i, image in enumerate(images[place * count:(place + 1) * count]):
+            save(pixels.to_pil_image(eight_bits(image)), folder / f"{name}-{names[name]}.png")
+            names[name] += 1  # the same caption twice must not write one file twice
+            canvas.paste(tile(image, side), (gap + i % columns * (side + gap),
+                                             gap + place * height + label + i // columns * (side + gap)))
+    save(canvas, folder / "grid.png")
+
+
+def draw_clusters(images, clusterings, path, rows=8, columns=8):
+    """Clusterings of the same images beside each other, a row a cluster, with the images nearest to its centre.
+
+    images (n, 3, H, W) uint8; clusterings: {name: (labels (n,), distances to the centres (n,))}.
+    """
+    side, gap, top, margin = 64, 3, 16, 24
+    width = columns * (side + gap) + margin  # of one clustering
+    canvas = Image.new("RGB", (len(clusterings) * width - margin, top + rows * (side + gap)), "white")
+    draw = ImageDraw.Draw(canvas)
+    for half, (name, (labels, distances)) in enumerate(clusterings.items()):
+        left, sizes = half * width, labels.bincount()
+        draw.text((left, 2), f"{name}: {len(sizes)} clusters of {len(images)} images, nearest to the centre first",
+                  "black")
+        largest = sizes.argsort(descending=True, stable=True)
+        for row, cluster in enumerate(largest[::max(1, len(sizes) // rows)][:rows]):  # from all over
+            members = (labels == cluster).nonzero()[:, 0]
+            for column, member in enumerate(members[distances[members].argsort()][:columns]):
+                canvas.paste(tile(images[member], side), (left + column * (side + gap), top + row * (side + gap)))
+    save(canvas, path)
+
+
+def draw_codes(codes, places, images, patch_size, count, columns, path):
+    """Patches that chose a code, a row a code, for `count` codes from the most to the least frequent.
+
+    codes (n, N) of the images at `places` (n,) of an ImageSet. Drawn are codes that were chosen twice or more often.
+    Returns how many there are in the picture; without one there is none.
+    """
+    chosen = defaultdict(list)  # by which tokens of which images
+    for place, row in zip(places.tolist(), codes.tolist()):
+        for token, code in enumerate(row):
+            chosen[code].append((place, token))
+    frequent = sorted((code for code in chosen if len(chosen[code]) >= 2), key=lambda code: -len(chosen[code]))
+    count = min(count, len(frequent))
+    side, gap, label = 48, 3, 64
+    canvas = Image.new("RGB", (label + columns * (side + gap), count * (side + gap)), "white")
+    for row in range(count):
+        code = frequent[row * len(frequent) // count]
+        tokens = chosen[code]
+        ImageDraw.Draw(canvas).text((4, row * (side + gap) + 10), f"{code}\n{len(tokens)} x", fill="black")
+        for column, (place, token) in enumerate(tokens[::max(1, len(tokens) // columns)][:columns]):
+            window = draw_patch(images[place][0], token, patch_size, side)
+            canvas.paste(window, (label + column * (side + gap), row * (side + gap)))
+    if count:
+        save(canvas, path)
+    return count
+
+
+def draw_patch(image, token, p, side):
+    """The patch of a token in an image (3, H, W), framed in red, in its surroundings of 3 x 3 patches.
+
+    A code of a transformer's features means more than its own pixels.
+    """
+    columns = image.shape[2] // p
+    top, left = token // columns * p, token % columns * p
+    around = ImageOps.expand(pixels.to_pil_image(image), border=p, fill="#d0d0d0")
+    window = around.crop((left, top, left + 3 * p, top + 3 * p)).resize((side, side), Image.BICUBIC)
+    ImageDraw.Draw(window).rectangle((side // 3, side // 3, 2 * side // 3, 2 * side // 3), outline="red")
+    return window
