@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from tokenizers import Tokenizer
 
+import train
 import vqrae
 from export import save_encoder
 from presets import FIXED_BY_QWEN3
@@ -285,8 +286,6 @@ def short_run(encoder_folder, photo_folder, tmp_path):
 @pytest.fixture
 def second_stage(short_run, tmp_path):
     """Arguments of a short stage 2 whose discriminator sets in at step 3, on a stage 1 that has run."""
-    import train
-
     train.main(short_run[:-1] + [str(tmp_path / "first")])
     keep = ("--data", "--batch-size", "--steps", "--log-every", "--evaluate-every", "--checkpoint-every", "--workers",
             "--device", "--out")
@@ -320,8 +319,6 @@ def without_sizes(ar_run):
 
 
 def make_run(arguments):
-    import train
-
     args = train.parse_args(arguments)
     return train.make_run(args, train.settings_for(args, args.stage))
 
@@ -342,8 +339,6 @@ def weights(folder):
 
 def assert_resume_is_exact(command, tmp_path):
     """Train once in one go and once with two interruptions; weights and log lines must be the same."""
-    import train
-
     train.main(command)
     whole = tmp_path / "run"
     parts = tmp_path / "parts"

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
+import sample
+import train
 import unitok
 import vqrae
 from conftest import assert_resume_is_exact, make_run, seeds, small_vit, take_steps, text_lm
@@ -546,15 +548,11 @@ def test_weights_of_the_supervisions_decide_who_learns(short_run):
 
 @pytest.fixture
 def trained(short_run, tmp_path):
-    import train
-
     train.main([*short_run[:-1], str(tmp_path / "mcq"), "--quantizer", "mcq", "--codebooks", "4"])
     return tmp_path / "mcq"
 
 
 def test_stage_2_goes_on_with_many_codebooks(trained, short_run, tmp_path):
-    import train
-
     common = short_run[short_run.index("--batch-size"):-1]  # to --out
     train.main(["--stage", "2", "--init", str(trained), "--data", short_run[5], *common, str(tmp_path / "two"),
                 "--discriminator-start", "3"])
@@ -564,8 +562,6 @@ def test_stage_2_goes_on_with_many_codebooks(trained, short_run, tmp_path):
 
 def test_stage_ar_writes_several_codes_a_place_and_sample_paints_them(trained, photo_folder, encoder_folder, tmp_path,
                                                                       capsys):
-    import sample
-
     assert_resume_is_exact([
         "--stage", "ar", "--tokenizer", str(trained), "--data", str(photo_folder), "--width", "32", "--depth", "1",
         "--heads", "2", "--kv-heads", "1", "--head-width", "8", "--mlp-width", "32", "--text-vocabulary", "300",
@@ -582,8 +578,6 @@ def test_stage_ar_writes_several_codes_a_place_and_sample_paints_them(trained, p
 
 def test_sample_evaluates_shows_and_exports_many_codebooks(trained, photo_folder, encoder_folder, tmp_path,
                                                            capsys):
-    import sample
-
     common = ["--model", str(trained), "--data", str(photo_folder), "--out", str(tmp_path / "out")]
     sample.main(["evaluate", *common, "--frechet-encoder", str(encoder_folder), "--teacher", str(encoder_folder)])
     assert "discrete" in capsys.readouterr().out
@@ -604,8 +598,6 @@ def test_sample_evaluates_shows_and_exports_many_codebooks(trained, photo_folder
     (["--projection", "attention", "--codebook-dim", "10"], "--projection attention is between widths"),
 ])
 def test_a_wrong_argument_is_one_sentence(short_run, extra, sentence):
-    import train
-
     with pytest.raises(SystemExit, match=f"error: .*{sentence}"):
         train.main([*short_run, *extra])
     with pytest.raises(SystemExit, match="error: --codebooks is no setting of --stage 2"):

@@ -19,13 +19,18 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file
 
+import sample
+import train
 import vqrae
 from conftest import seeds, small_captioner, small_model, text_lm, weights
+from presets import CaptionConfig, GenerationConfig
 from support.files import InputError
 from support.images import ImageSet, read_image
+from support.settings import flag, flags_of
 from support.text import caption_of, text_of
+from unitok import StageOneConfig
 
-FUZZ = int(os.environ.get("FUZZ", 0))  # inputs of all these tests together; `.ci/faults.py --fuzz` asks for many
+FUZZ = int(os.environ.get("FUZZ", 0))  # inputs of these tests together; `experiments/faults.py --fuzz` asks for many
 
 
 def fuzz(*strategies, percent):
@@ -86,12 +91,10 @@ def fuzzed_folder(tmp_path_factory, encoder_folder, photo_folder):
 @pytest.fixture
 def wild(fuzzed_folder, monkeypatch):
     """The work of a fuzzing test happens in the folder, and nothing is fetched."""
-    import sample
-
     import huggingface_hub.constants
 
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(sample, "lpips_distance", lambda device: None)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.chdir(fuzzed_folder)
     return fuzzed_folder
 
@@ -231,18 +234,18 @@ def test_fuzzed_models_are_loaded_or_refused_in_a_sentence(wild, qwen3_twin, dat
 
 def tame(flags):
     """Flags that ask for nothing that would rightly take hours, or fill the disk outside of the test's folder."""
-    for flag, value in flags:
+    for name, value in flags:
         number = int(value) if value.strip().removeprefix("-").isdecimal() and len(value) < 30 else 0
         most = {"--workers": 2, "--batch-size": 64, "--image-size": 64, "--output-patch-size": 64, "--count": 9,
-                "--depth": 4, "--codes": 64, "--patches": 64, "--steps": 3, "--start-tokens": 256}.get(flag, 2**15)
+                "--depth": 4, "--codes": 64, "--patches": 64, "--steps": 3, "--start-tokens": 256}.get(name, 2**15)
         assume(not most < number < 2**31)
-        assume(flag not in ("--out", "--data", "--init", "--model", "--encoder") or not value.startswith(("/", "..")))
-        assume(flag != "--data" or value not in ("", "."))  # pictures that earlier inputs have left
-    return [f"{flag}={value}" for flag, value in flags]
+        assume(name not in ("--out", "--data", "--init", "--model", "--encoder") or not value.startswith(("/", "..")))
+        assume(name != "--data" or value not in ("", "."))  # pictures that earlier inputs have left
+    return [f"{name}={value}" for name, value in flags]
 
 
 train_flags = st.lists(st.tuples(st.sampled_from(
-    [f"--{name.replace('_', '-')}" for name in train.SETTINGS]
+    [flag(name) for name in flags_of(CaptionConfig, GenerationConfig, StageOneConfig)]
     + ["--seed", "--out", "--checkpoint-every", "--log-every", "--evaluate-every", "--workers", "--device", "--init",
        "--preset", "--precision", "--nonsense", "--resume"]),
     words), max_size=3)
@@ -250,8 +253,6 @@ train_flags = st.lists(st.tuples(st.sampled_from(
 
 @fuzz(st.sampled_from(["1", "2", "ar", "caption"]), train_flags, st.booleans(), percent=15)
 def test_fuzzed_arguments_of_train_end_in_work_or_a_sentence(wild, stage, flags, only_print):
-    import train
-
     shutil.rmtree("out", ignore_errors=True)
     small = {"1": ["--encoder=encoder", "--image-size=16", "--codebook-size=32", "--codebook-dim=8",
                    "--start-tokens=256"],
@@ -276,8 +277,6 @@ sample_flags = st.lists(st.tuples(st.sampled_from(
 @fuzz(st.sampled_from(["reconstruct", "evaluate", "evaluate ar", "evaluate caption", "codes", "generate", "caption",
                        "export"]), sample_flags, st.lists(words, max_size=2), percent=15)
 def test_fuzzed_arguments_of_sample_end_in_work_or_a_sentence(wild, command, flags, rest):
-    import sample
-
     shutil.rmtree("out", ignore_errors=True)
     command, _, model = command.partition(" ")
     model = model or {"generate": "ar", "caption": "caption"}.get(command, "vqrae")
@@ -291,8 +290,6 @@ def test_fuzzed_arguments_of_sample_end_in_work_or_a_sentence(wild, command, fla
 
 @fuzz(st.data(), percent=2)
 def test_fuzzed_checkpoints_and_logs_are_resumed_from_or_refused_in_a_sentence(wild, data):
-    import train
-
     arguments = ["--stage=1", "--encoder=encoder", "--image-size=16", "--codebook-size=32", "--codebook-dim=8",
                  "--start-tokens=256",
                  "--data=images", "--batch-size=4", "--device=cpu", "--workers=0", "--steps=3", "--checkpoint-every=1",

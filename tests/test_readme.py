@@ -1,85 +1,238 @@
-"""README and docs say what is so; rooms and style are as agreed."""
+"""README and docs say what is so: commands, names, code, pictures and links; rooms and style are as agreed."""
 
+import ast
 import functools
+import importlib
+import importlib.util
 import inspect
 import re
 import shlex
 import textwrap
 
 import pytest
+import torch
 from PIL import Image
 
-import sample
-import train
-import unitok
-import vqrae
-from conftest import ROOT
-
-README = (ROOT / "README.md").read_text()
+from conftest import ROOT, small_model, text_lm
 
 
-def readme_commands():
-    """Every call of train.py and sample.py in README.md as (script, arguments)."""
-    parts = README.split("```")  # text, code, text, ...
-    quoted = [line for code in parts[1::2] for line in code.splitlines()]
-    quoted += [inline.replace("\n", " ") for text in parts[::2] for inline in re.findall(r"`([^`]+)`", text)]
-    for line in quoted:
-        found = re.search(r"(?:python|node 8) (train|sample)\.py([^#;]*)", line)
-        if found:
-            yield found[1], tuple(shlex.split(found[2]))
+def texts_of(*patterns):
+    """The files in the repository's own folders that fit, by their path in it."""
+    paths = [path for pattern in patterns for path in sorted(ROOT.glob(pattern))]
+    return {str(path.relative_to(ROOT)): path.read_text() for path in paths}
 
 
-@pytest.mark.parametrize("script, arguments", dict.fromkeys(readme_commands()),
+PAGES = texts_of("README.md", "docs/*.md")
+CODE = texts_of("*.py", "support/*.py", "experiments/*.py", "tests/*.py", "data/*/*.py")
+
+
+@functools.cache
+def module_of(script):
+    """The module in a file of ours, however it is called and wherever it is."""
+    name = script.removesuffix(".py").replace("/", ".")
+    if "/" not in script or script.startswith("support/"):
+        return importlib.import_module(name)
+    found = importlib.util.spec_from_file_location(name, ROOT / script)
+    module = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+    return module
+
+
+def modules():
+    """vqrae.py and all that stands in the root or in support/, without the tests."""
+    return [module_of(script) for script in CODE
+            if script.startswith("support/") or "/" not in script and not script.startswith(("test_", "conftest"))]
+
+
+# --- commands ---
+
+
+def commands():
+    """Every call of a script of ours on the pages, as (script, arguments)."""
+    for page in PAGES.values():
+        parts = page.split("```")  # text, code, text, ...
+        quoted = [line for code in parts[1::2] for line in code.splitlines()]
+        quoted += [inline.replace("\n", " ") for text in parts[::2] for inline in re.findall(r"`([^`]+)`", text)]
+        for line in quoted:
+            found = re.search(r"(?:python|node \d+) ([\w/]+\.py)([^#;]*)", line)
+            if found:
+                yield found[1], tuple(shlex.split(found[2]))
+
+
+@pytest.mark.parametrize("script, arguments", dict.fromkeys(commands()),
                          ids=lambda value: value if isinstance(value, str) else " ".join(value)[:50])
-def test_every_command_in_the_readme_is_understood(script, arguments):
+def test_every_command_on_the_pages_is_understood(script, arguments):
     placeholders = {"$q": "vq", "$i": "gaussian", "N": "2", "NAME": "tiny", "...": None}
-    words = [placeholders.get(word, word) for word in arguments]
-    {"train": train, "sample": sample}[script].parse_args([word for word in words if word is not None])
+    words = [word for word in (placeholders.get(word, word) for word in arguments) if word is not None]
+    if hasattr(module_of(script), "parse_args") and inspect.signature(module_of(script).parse_args).parameters:
+        module_of(script).parse_args(words)
+    else:
+        assert all(f'"{word}"' in CODE[script] for word in words if word.startswith("--"))
 
 
-def test_the_readme_has_commands():
-    assert len(list(readme_commands())) > 25
+def test_the_pages_have_commands():
+    assert len(list(commands())) > 40 and {script for script, _ in commands()} >= {"train.py", "sample.py"}
 
 
-def test_every_name_in_the_readme_exists():
-    code = "".join((ROOT / f"{module}.py").read_text() for module in ("vqrae", "unitok", "train", "sample"))
-    modules = {"vqrae": vqrae, "unitok": unitok, "train": train, "sample": sample}
-    names = set(re.findall(r"`([A-Za-z_][\w.]*)(?:\(\))?`", README))
-    assert len(names) > 40
-    for name in sorted(names):
-        first, *rest = name.split(".")
-        if first in modules and rest and not (ROOT / name).exists():
-            places, first, rest = [modules[first]], rest[0], rest[1:]
-        else:
-            places = list(modules.values())
-        found = [place for place in places if hasattr(place, first)]
-        if found and all(isinstance(getattr(place, first), type) for place in found):
-            assert not rest or hasattr(getattr(found[0], first), rest[0]), name
-        elif not found:  # a file, a key of summary.json, a choice of a flag
-            assert (ROOT / name).exists() or name in code or name in ("git", "transformers", "webdataset"), name
+# --- names, code, pictures, links ---
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_name_on_the_pages_exists(page):
+    code, places = "".join(CODE.values()), modules()
+    for name in sorted(set(re.findall(r"`([A-Za-z_][\w.]*)(?:\(\))?`", PAGES[page]))):
+        if exists(name, places):
+            continue
+        first = name.split(".")[0]
+        own = [place for place in places if hasattr(place, first)]
+        assert not own or not all(isinstance(getattr(place, first), type) for place in own), name
+        # a key of summary.json, a choice of a flag, another's program
+        assert name in code or name in ("git", "transformers", "webdataset"), name
+
+
+def exists(name, places):
+    """Whether a name is a file's, a module's, or something in a module."""
+    if (ROOT / name).exists() or any(place.__name__ in (name, f"support.{name}") for place in places):
+        return True
+    for place in places:
+        for prefix in ("", f"{place.__name__}.", f"{place.__name__.removeprefix('support.')}."):
+            try:
+                if name.startswith(prefix):
+                    functools.reduce(getattr, name.removeprefix(prefix).split("."), place)
+                    return True
+            except AttributeError:
+                pass
+    return False
 
 
 def excerpts():
-    """Code that README.md quotes: the quoted thing's name, and its lines in one piece or in several."""
-    for name, code in re.findall(r"```python\n# (vqrae\.[\w.]+)\n(.*?)```", README, re.DOTALL):
-        yield name, [textwrap.dedent(piece).strip("\n") for piece in re.split(r"^\.\.\.$", code, flags=re.MULTILINE)]
+    """Code that the pages quote: the quoted thing's name, and its lines in one piece or in several."""
+    for page in PAGES.values():
+        for name, code in re.findall(r"```python\n# ([\w.]+)\n(.*?)```", page, re.DOTALL):
+            pieces = re.split(r"^\.\.\.$", code, flags=re.MULTILINE)
+            yield name, [textwrap.dedent(piece).strip("\n") for piece in pieces]
 
 
 @pytest.mark.parametrize("name, pieces", list(excerpts()), ids=lambda value: value if isinstance(value, str) else "")
-def test_code_in_the_readme_is_the_code(name, pieces):
-    source = inspect.getsource(functools.reduce(getattr, name.split(".")[1:], vqrae)).splitlines()
+def test_code_on_the_pages_is_the_code(name, pieces):
+    script = max((script for script in CODE if name.startswith(script.removesuffix(".py").replace("/", ".") + ".")),
+                 key=len)
+    path = name.removeprefix(script.removesuffix(".py").replace("/", ".") + ".").split(".")
+    source = inspect.getsource(functools.reduce(getattr, path, module_of(script))).splitlines()
     for piece in pieces:
         size = len(piece.splitlines())
         assert piece in [textwrap.dedent("\n".join(source[i:i + size])) for i in range(len(source) - size + 1)], piece
 
 
-def test_the_readme_quotes_every_part_of_the_paper():
+def test_the_companion_quotes_every_part_of_the_paper():
     assert len(list(excerpts())) >= 10
 
 
-def test_every_picture_in_the_readme_is_there():
-    pictures = re.findall(r"\]\((assets/[^)]+)\)", README)
+def test_what_the_readme_shows_of_the_library_runs(tmp_path, monkeypatch):
+    small_model().save_pretrained(tmp_path / "out/stage1")
+    text_lm().save_pretrained(tmp_path / "out/ar")
+    monkeypatch.chdir(tmp_path)
+    shown = re.findall(r"```python\n(?!# )(.*?)```", PAGES["README.md"], re.DOTALL)
+    assert shown
+    for code in shown:
+        exec(code, {"images": torch.rand(2, 3, 16, 16)})
+
+
+def test_every_picture_on_the_pages_is_there():
+    pictures = {ROOT / page for page in PAGES for page in re.findall(r"\((?:\.\./)?(assets/[^)]+)\)", PAGES[page])}
     assert len(pictures) > 5
     for picture in pictures:
-        with Image.open(ROOT / picture) as image:
+        with Image.open(picture) as image:
             image.verify()
+
+
+def anchors(text):
+    """What GitHub calls the headings of a page in links to them."""
+    text = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).strip().replace(" ", "-")
+            for title in re.findall(r"^#+ (.*)$", text, re.MULTILINE)}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_link_between_the_pages_leads_to_a_file_and_a_heading(page):
+    for link in re.findall(r"\]\(([^)\s]+)\)", PAGES[page]):
+        if not link.startswith(("http://", "https://")):
+            file, _, heading = link.partition("#")
+            target = (ROOT / page).parent / file if file else ROOT / page
+            assert target.exists(), link
+            assert not heading or heading in anchors(target.read_text()), link
+
+
+# --- the arrows: who may import whom ---
+
+LOWER = {  # what each room may import of ours; experiments and tests import what they like
+    "support": {"support"},
+    "vqrae": {"support"},
+    "presets": {"support", "vqrae"},
+    "unitok": {"support", "vqrae", "presets"},
+    "export": {"support", "vqrae", "presets"},
+    "train": {"support", "vqrae", "presets", "unitok", "export"},
+    "sample": {"support", "vqrae", "presets", "unitok", "export"},
+    "data": {"support", "vqrae", "presets", "unitok", "export", "prepare"},
+}
+
+
+def imports(script):
+    """What a file imports, as (module, name), wherever in it."""
+    for node in ast.walk(ast.parse(CODE[script])):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, None) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from ((node.module, alias.name) for alias in node.names)
+
+
+def room_of(script):
+    return script.split("/")[0].removesuffix(".py")
+
+
+OURS = {room_of(script) for script in CODE} | {"prepare"}
+
+
+def test_a_room_imports_only_rooms_below_it():
+    for script in CODE:
+        if room_of(script) in LOWER:
+            found = {module.split(".")[0] for module, _ in imports(script)} & OURS
+            assert found <= LOWER[room_of(script)], script
+
+
+def test_no_room_imports_a_test():
+    for script in CODE:
+        if not room_of(script).startswith(("test", "conftest")):
+            assert not [module for module, _ in imports(script) if module.startswith(("test", "conftest"))], script
+
+
+def test_the_paper_takes_little_from_support():
+    found = {}
+    for module, name in imports("vqrae.py"):
+        if module.startswith("support"):
+            found.setdefault(module, set()).add(name)
+    assert set(found) <= {f"support.{name}" for name in ("files", "images", "metrics", "quick", "text")}
+    assert found["support.images"] == {"resize_to"} and found["support.quick"] == {"quick_products"}
+    assert found["support.metrics"] == {"codebook_usage", "psnr"}
+
+
+def test_images_know_nothing_of_shards():
+    assert "support.shards" not in {module for module, _ in imports("support/images.py")}
+
+
+@pytest.mark.parametrize("driver", ["train.py", "sample.py"])
+def test_one_line_of_a_driver_names_unitok(driver):
+    assert len(re.findall(r"\bunitok\b", CODE[driver])) == 1
+
+
+# --- style ---
+
+
+def test_no_line_is_longer_than_120_characters():
+    assert [f"{script}:{i}" for script, code in CODE.items()
+            for i, line in enumerate(code.splitlines(), 1) if len(line) > 120] == []
+
+
+def test_no_function_is_longer_than_60_lines():
+    assert [f"{script}: {node.name}" for script, code in CODE.items() for node in ast.walk(ast.parse(code))
+            if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno >= 60] == []
