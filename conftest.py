@@ -33,14 +33,16 @@ ROOT = Path(__file__).resolve().parent
 seeds = st.integers(0, 2**31)
 
 
-# --- small models ---
+# --- small models, and twins of them in transformers ---
 
 
 def small_vit(image_size=16, patch_size=4, width=24, depth=2, heads=2):
+    """Sizes at which a test takes milliseconds: 16 tokens of 24 channels an image."""
     return vqrae.ViTConfig(image_size, patch_size, width, depth, heads, mlp_width=2 * width)
 
 
 def small_model(seed=0, q=4, quantizer="simvq", **changes):
+    """A random VQRAE of 40 codes."""
     torch.manual_seed(seed)
     config = {"codebook_size": 40, "codebook_dim": 12, **changes}
     return vqrae.VQRAE(vqrae.VQRAEConfig(small_vit(), 16, q, quantizer=quantizer, **config)).eval()
@@ -83,6 +85,7 @@ def family_twin(family, seed=0):
 
 
 def small_lm(seed=0, **changes):
+    """A random transformer over 30 tokens of text and 20 codes."""
     torch.manual_seed(seed)
     config = {"text_vocabulary": 30, "codebook_size": 20, "width": 32, "depth": 2, "heads": 4, "kv_heads": 2,
               "head_width": 16, "mlp_width": 48, **changes}
@@ -97,6 +100,7 @@ WORDS = ["noto red apple", "fluent red apple", "twemoji red apple", "noto cat fa
 
 
 def text_lm(seed=0, codebook_size=20, image_tokens=9, **changes):
+    """A random transformer with a text tokenizer trained on WORDS."""
     text = train_text_tokenizer(WORDS, 300)
     model = small_lm(seed, text_vocabulary=text.get_vocab_size(), codebook_size=codebook_size,
                      image_tokens=image_tokens, **changes)
@@ -105,6 +109,7 @@ def text_lm(seed=0, codebook_size=20, image_tokens=9, **changes):
 
 
 def small_captioner(seed=0):
+    """A random captioner with the words of `text_lm`."""
     lm = text_lm(seed, codebook_size=0)
     torch.manual_seed(seed)
     model = vqrae.Captioner(vqrae.CaptionerConfig(small_vit(), 16, lm.config), lm.text)
@@ -137,6 +142,7 @@ def photo_folder(tmp_path_factory):
 
 @pytest.fixture
 def saved_model(tmp_path):
+    """The folder of a `small_model`."""
     small_model().save_pretrained(tmp_path / "model")
     return tmp_path / "model"
 
@@ -184,6 +190,7 @@ def qwen3_with_text(qwen3_twin, tmp_path):
 
 
 def edit(path, old, new):
+    """Damage a text file: `new` in place of `old`, which must be there."""
     text = path.read_text()
     assert old in text
     path.write_text(text.replace(old, new))
@@ -248,6 +255,7 @@ packing.loader.exec_module(prepare)
 
 
 def pack(source, out, *more):
+    """Pack images into shards of 100, by data/imagenet/prepare.py."""
     prepare.main(["--source", str(source), "--out", str(out), "--shard-size", "100", "--workers", "2", *more])
 
 
@@ -265,6 +273,7 @@ def fake_imagenet(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def packed(fake_imagenet, tmp_path_factory):
+    """The shards of `fake_imagenet`."""
     out = tmp_path_factory.mktemp("packed")
     pack(fake_imagenet, out)
     return out
@@ -307,6 +316,7 @@ def ar_run(encoder_folder, photo_folder, tmp_path):
 
 @pytest.fixture
 def caption_run(encoder_folder, ar_run):
+    """Arguments of a short stage caption on the photos."""
     start = ar_run.index("--width")
     return ["--stage", "caption", "--encoder", str(encoder_folder), "--image-size", "16", "--data",
             ar_run[ar_run.index("--data") + 1], *ar_run[start:]]
@@ -334,6 +344,7 @@ def take_steps(run, count):
 
 
 def weights(folder):
+    """The bytes of a model's weights."""
     return (folder / "model.safetensors").read_bytes()
 
 
@@ -369,6 +380,7 @@ def assert_resume_is_exact(command, tmp_path):
 
 
 def command(*arguments):
+    """How a script in the root is called from outside."""
     return [sys.executable, str(ROOT / arguments[0]), *map(str, arguments[1:])]
 
 

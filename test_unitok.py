@@ -20,7 +20,6 @@ from support.images import ImageSet
 from support.text import train_text_tokenizer
 
 kinds = st.sampled_from(list(unitok.QUANTIZERS))
-ALL = [*vqrae.QUANTIZERS, *unitok.QUANTIZERS]
 
 
 def make_quantizer(kind, codebooks, seed, codes=6, dim=4):
