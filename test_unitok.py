@@ -516,13 +516,6 @@ def test_without_captions_no_image_is_asked_for_its_record(short_run, monkeypatc
     take_steps(run, 1)
 
 
-def test_sharding_such_a_model_is_refused_whatever_the_stage(short_run):
-    run = make_run([*short_run, "--quantizer", "mcq", "--codebooks", "4"])
-    run.args.shard = True
-    with pytest.raises(InputError, match="--shard does not go with the models of unitok.py"):
-        run.set_up(run.model, run.model)
-
-
 def test_a_frozen_encoder_stays_as_it_is_beside_captions_too(short_run):
     run = make_run([*short_run, "--contrastive", "sigmoid"])
     before = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
