@@ -2,16 +2,20 @@
 
 import json
 import sys
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import sample
 import vqrae
-from conftest import family_twin, normalise, small_model, small_vit
-from export import save_encoder
+from conftest import family_twin, normalise, seeds, small_model, small_vit
+from export import export_tokens, save_encoder
 from support.images import ImageSet
 
 
@@ -62,25 +66,35 @@ def test_the_exported_encoder_and_tokenizer_are_those_of_the_model(saved_model, 
 # --- tokens and graphs ---
 
 
-def test_exported_tokens_are_the_codes_and_an_interrupted_export_goes_on(saved_model, photo_folder, tmp_path,
-                                                                         monkeypatch):
-    arguments = ["export", "--format", "tokens", "--model", str(saved_model), "--data", str(photo_folder), "--split",
-                 "all", "--shard-size", "5", "--out", str(tmp_path / "out"), "--device", "cpu"]
-    sample.main(arguments)
-    index = json.loads((tmp_path / "out/index.json").read_text())
-    assert [shard["images"] for shard in index["shards"]] == [5, 5, 2] and index["tokens_per_image"] == 16
-    shards = [load_file(tmp_path / "out" / shard["file"]) for shard in index["shards"]]
-    images = ImageSet(photo_folder, "all", 16)
-    batch = next(iter(images.batches(range(12), 12)))
-    expected = vqrae.VQRAE.from_pretrained(saved_model).encode(batch.float() / 255)[1]
-    assert torch.equal(torch.cat([shard["codes"] for shard in shards]).long(), expected)
+@given(shard_size=st.integers(1, 14), seed=seeds)
+@settings(max_examples=8)
+def test_exported_tokens_are_the_codes_and_the_index_names_their_images(photo_folder, shard_size, seed):
+    model, images = small_model(seed), ImageSet(photo_folder, "all", 16)
+    with tempfile.TemporaryDirectory() as folder:
+        index = export_tokens(model, images, folder, shard_size)
+        assert index == json.loads((Path(folder) / "index.json").read_text()) and index["tokens_per_image"] == 16
+        codes = torch.cat([load_file(Path(folder) / shard["file"])["codes"] for shard in index["shards"]])
+    assert all(shard["images"] == len(shard["names"]) <= shard_size for shard in index["shards"])
     assert sum((shard["names"] for shard in index["shards"]), []) == [record["name"] for record in images.records]
-    before = (tmp_path / "out/index.json").read_bytes()
-    (tmp_path / "out" / index["shards"][1]["file"]).unlink()
+    [batch] = images.batches(range(12), 12)
+    assert torch.equal(codes.long(), model.encode(batch.float() / 255)[1])
+
+
+def test_an_interrupted_export_makes_only_the_codes_that_are_missing(photo_folder, tmp_path, monkeypatch):
+    model, images = small_model(), ImageSet(photo_folder, "all", 16)
+    index = export_tokens(model, images, tmp_path, 5)
+    before = (tmp_path / "index.json").read_bytes()
+    (tmp_path / index["shards"][1]["file"]).unlink()
     calls, real = [], vqrae.VQRAE.encode
     monkeypatch.setattr(vqrae.VQRAE, "encode", lambda model, x: (calls.append(len(x)), real(model, x))[1])
+    export_tokens(model, images, tmp_path, 5)
+    assert calls == [5] and (tmp_path / "index.json").read_bytes() == before
+
+
+def test_tokens_of_another_model_are_not_mixed_in(saved_model, photo_folder, tmp_path):
+    arguments = ["export", "--format", "tokens", "--model", str(saved_model), "--data", str(photo_folder), "--out",
+                 str(tmp_path / "out"), "--device", "cpu"]
     sample.main(arguments)
-    assert calls == [5] and (tmp_path / "out/index.json").read_bytes() == before
     small_model(seed=9).save_pretrained(saved_model)
     with pytest.raises(SystemExit, match="tokens of another model or other images"):
         sample.main(arguments)
@@ -98,12 +112,11 @@ def test_an_export_does_not_go_on_in_shards_of_another_size(saved_model, photo_f
 
 
 @pytest.mark.parametrize("K", [40, 4097])  # few codes, and more than the search sees at a time
-def test_exported_onnx_graphs_say_what_torch_says_of_batches_of_any_size(K, saved_model, tmp_path, capsys, monkeypatch):
+def test_exported_onnx_graphs_say_what_torch_says_of_batches_of_any_size(K, saved_model, tmp_path, capsys):
     onnxruntime = pytest.importorskip("onnxruntime", reason="pip install onnx onnxscript onnxruntime")
     small_model(codebook_size=K).save_pretrained(saved_model)
-    arguments = ["export", "--format", "onnx", "--model", str(saved_model), "--out", str(tmp_path / "out"), "--device",
-                 "cpu", "--image-size", "24"]
-    sample.main(arguments)
+    sample.main(["export", "--format", "onnx", "--model", str(saved_model), "--out", str(tmp_path / "out"), "--device",
+                 "cpu", "--image-size", "24"])
     assert "codes equal torch's" in capsys.readouterr().out
     model, images = vqrae.VQRAE.from_pretrained(saved_model), torch.rand(5, 3, 24, 24)
     encode, decode = (onnxruntime.InferenceSession(tmp_path / f"out/{name}.onnx") for name in ("encode", "decode"))
@@ -111,6 +124,17 @@ def test_exported_onnx_graphs_say_what_torch_says_of_batches_of_any_size(K, save
     assert np.array_equal(encode.run(["indices"], {"images": images.numpy()})[0], indices)
     decoded = decode.run(["images"], {"indices": indices.numpy()})[0]
     np.testing.assert_allclose(decoded, model.decode(indices), atol=1e-4)
+
+
+def test_packages_that_onnx_needs_are_named_where_they_are_missing(saved_model, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     with pytest.raises(SystemExit, match="needs packages: pip install onnx onnxscript onnxruntime"):
-        sample.main(arguments)
+        sample.main(["export", "--format", "onnx", "--model", str(saved_model), "--out", str(tmp_path), "--device",
+                     "cpu"])
+
+
+@pytest.mark.parametrize("form", ["tokens", "onnx"])
+def test_a_model_without_codes_has_none_to_export(form, tmp_path):
+    small_model(quantizer="none").save_pretrained(tmp_path / "model")
+    with pytest.raises(SystemExit, match="has no codes"):
+        sample.main(["export", "--format", form, "--model", str(tmp_path / "model"), "--device", "cpu"])

@@ -10,7 +10,7 @@ from PIL import Image
 
 import sample
 import vqrae
-from conftest import command, edit, small_captioner, small_model, small_vit, write_variants
+from conftest import command, edit, small_captioner, small_model, small_vit, write_shards, write_variants
 from export import save_encoder
 from presets import SAMPLING
 from support.images import ImageSet, eight_bits
@@ -62,14 +62,20 @@ def test_evaluate_prints_a_table_and_json_and_names_the_frechet_encoder(saved_mo
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result["images"] == 12 and result["tokens"] == 12 * 16
     assert result[f"frechet_{encoder_folder.name}"] > 0 and not any("fid" in name.lower() for name in result)
+
+
+def test_the_frechet_encoder_can_be_shown_larger_images(saved_model, photo_folder, encoder_folder, capsys, monkeypatch):
+    monkeypatch.setattr(sample, "lpips_distance", lambda device: None)
     side = 2 * vqrae.load_encoder(encoder_folder).config.image_size
-    sample.main(["evaluate", "--model", str(saved_model), "--data", str(photo_folder), "--split", "all", "--device",
-                 "cpu", "--frechet-encoder", str(encoder_folder), "--frechet-size", str(side)])
+    arguments = ["evaluate", "--model", str(saved_model), "--data", str(photo_folder), "--split", "all", "--device",
+                 "cpu", "--frechet-encoder", str(encoder_folder), "--frechet-size"]
+    sample.main(arguments + [str(side // 2)])
+    own = json.loads(capsys.readouterr().out.splitlines()[-1])[f"frechet_{encoder_folder.name}_at_{side // 2}_pixels"]
+    sample.main(arguments + [str(side)])
     closer = json.loads(capsys.readouterr().out.splitlines()[-1])[f"frechet_{encoder_folder.name}_at_{side}_pixels"]
-    assert closer > 0 and closer != result[f"frechet_{encoder_folder.name}"]
+    assert 0 < closer != own > 0
     with pytest.raises(SystemExit, match="do not divide into patches"):
-        sample.main(["evaluate", "--model", str(saved_model), "--data", str(photo_folder), "--device", "cpu",
-                     "--frechet-encoder", str(encoder_folder), "--frechet-size", str(side + 1)])
+        sample.main(arguments + [str(side + 1)])
 
 
 def test_evaluate_measures_understanding_beside_the_teacher(saved_model, photo_folder, encoder_folder, tmp_path,
@@ -96,23 +102,27 @@ def test_clusters_are_drawn_and_what_they_follow_is_measured(saved_model, photo_
     found = json.loads(capsys.readouterr().out.splitlines()[-1])["clusters"]
     for measures in found.values():
         assert 0.5 <= measures["category_purity"] <= 1 and 0 < measures["colour_explained"] <= 1
-    with pytest.raises(SystemExit, match="--clusters 1 would put all images into one"):
-        sample.main(["evaluate", "--model", str(saved_model), "--clusters", "1"])
     assert set(found) == {"continuous", "discrete"} and Image.open(tmp_path / "clusters.png").size[0] > 500
 
 
-def test_evaluate_of_a_generator_shows_ceiling_and_floor(written_models, photo_folder, encoder_folder, capsys):
+def test_one_cluster_of_all_images_is_refused(saved_model):
+    with pytest.raises(SystemExit, match="--clusters 1 would put all images into one"):
+        sample.main(["evaluate", "--model", str(saved_model), "--clusters", "1"])
+
+
+def test_evaluate_of_a_generator_shows_reference_and_floor(written_models, photo_folder, encoder_folder, capsys):
     sample.main(["evaluate", "--model", written_models["ar"], "--data", str(photo_folder), "--count", "5", "--device",
                  "cpu", "--frechet-encoder", str(encoder_folder)])
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     training, held_out = result["training captions"], result["held-out captions"]
     assert training["pictures"] == 5 and held_out["pictures"] == 1  # a twentieth of twelve is held out
-    for row in ("generated", "reconstructed (ceiling)", "shuffled captions (floor)"):
+    for row in ("generated", "reconstructed (reference)", "shuffled captions (floor)"):
         assert set(training[row]) == {"name", "category"}  # one picture has no covariance, so no Frechet distance
         assert all(0 <= share <= 1 for share in training[row].values())
 
 
-def test_swapping_in_the_same_encoder_changes_nothing(written_models, photo_folder, tmp_path, capsys):
+def test_evaluate_of_a_captioner_has_a_row_for_each_encoder_and_the_same_one_changes_nothing(
+        written_models, photo_folder, tmp_path, capsys):
     captioner = vqrae.Captioner.from_pretrained(written_models["caption"])
     save_encoder(captioner.encoder, tmp_path / "same")
     sample.main(["evaluate", "--model", written_models["caption"], "--data", str(photo_folder), "--split", "all",
@@ -120,6 +130,11 @@ def test_swapping_in_the_same_encoder_changes_nothing(written_models, photo_fold
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     rows = [value for name, value in result.items() if "encoder" in name]
     assert len(rows) == 3 and rows[0] == rows[1] and set(rows[2]) == {"exact", "category"}
+
+
+def test_a_swapped_encoder_is_the_one_that_reads(written_models, tmp_path):
+    captioner = vqrae.Captioner.from_pretrained(written_models["caption"])
+    save_encoder(captioner.encoder, tmp_path / "same")
     images = torch.rand(2, 3, 16, 16)
     before = captioner.encoder(images)
     sample.swap_encoder(captioner, tmp_path / "same", torch.device("cpu"))
@@ -144,6 +159,18 @@ def test_beyond_the_edge_of_an_image_codes_draws_nothing_that_looks_like_image(s
                  "--out", str(tmp_path / "pictures")])
     drawn = np.asarray(Image.open(tmp_path / "pictures/codes.png").convert("RGB"))[:, 64:]  # right of the labels
     assert not (drawn.max(2) < 100).any()
+
+
+def test_codes_refuses_a_codebook_that_the_model_does_not_have(saved_model):
+    with pytest.raises(SystemExit, match="--codebook 1: .* has codebooks 0 to 0"):
+        sample.main(["codes", "--model", str(saved_model), "--codebook", "1"])
+
+
+def test_codes_of_shards_behind_a_url_are_one_sentence(saved_model, tmp_path):
+    write_shards(tmp_path / "shards", 2, 3)
+    url = f"file:{tmp_path}/shards/some-{{000000..000001}}.tar"
+    with pytest.raises(SystemExit, match="is streamed, so its images cannot be asked for one by one"):
+        sample.main(["codes", "--model", str(saved_model), "--data", url])
 
 
 # --- generate and caption ---
@@ -179,7 +206,7 @@ def test_a_captioner_remembers_the_size_of_its_images(tmp_path):
     small_captioner().save_pretrained(tmp_path / "caption")
     edit(tmp_path / "caption/config.json", '"image_size": 16,\n  "lm"', '"image_size": 12,\n  "lm"')
     args = sample.parse_args(["caption", "x.png", "--model", str(tmp_path / "caption")])
-    sample.load_captioner(args, torch.device("cpu"))
+    sample.open_model(args, torch.device("cpu"), vqrae.Captioner.from_pretrained)
     assert args.image_size == 12
 
 
