@@ -13,19 +13,19 @@ ROOT = Path(__file__).resolve().parent
 class CommonConfig:
     """Settings of every stage."""
 
-    data: str = setting("folder of images, flat or one folder per class, or of tar shards; shards-{000..009}.tar; or "
-                        "a URL of shards, to be streamed")
-    steps: int = setting("training steps")
-    batch_size: int = setting("images a step", most=2**20)
-    accumulate: int = setting("parts that a step's images are taken in, one after the other, for want of memory")
-    learning_rate: float = setting("at its highest, after the warm-up; of all that has no rate of its own")
-    muon_learning_rate: float = setting("of matrices in blocks that start untrained, which Muon moves; 0: AdamW does",
-                                        zero=True)
-    end_factor: float = setting("what is left of each learning rate at the end of its cosine", zero=True, most=1)
-    warmup_steps: int = setting("steps over which learning rates rise")
-    weight_decay: float = setting("AdamW's, on matrices only", zero=True)
-    max_grad_norm: float = setting("gradients are scaled down to this norm")
-    ema_decay: float = setting("of the averaged weights, which are evaluated and saved", zero=True, most=1)
+    data: str = setting("images", "folder of images, flat or a folder a class, or of tar shards; "
+                        "shards-{000..009}.tar; a URL of shards")
+    steps: int = setting("optimisation", "training steps")
+    batch_size: int = setting("optimisation", "images a step", most=2**20)
+    accumulate: int = setting("optimisation", "parts a step's images are taken in, to save memory")
+    learning_rate: float = setting("optimisation", "at its highest; of all without a rate of its own")
+    muon_learning_rate: float = setting("optimisation", "of matrices in blocks that start untrained, which Muon moves; "
+                                        "0: AdamW does", zero=True)
+    end_factor: float = setting("optimisation", "share of a rate left at the end of its cosine", zero=True, most=1)
+    warmup_steps: int = setting("optimisation", "steps over which learning rates rise")
+    weight_decay: float = setting("optimisation", "AdamW's, on matrices only", zero=True)
+    max_grad_norm: float = setting("optimisation", "gradients are scaled down to this norm")
+    ema_decay: float = setting("optimisation", "of the averaged weights, which are saved", zero=True, most=1)
     betas: tuple = (0.9, 0.999)
     adam_epsilon: float = 1e-8
 
@@ -34,56 +34,52 @@ class CommonConfig:
 class TrainingConfig(CommonConfig):
     """Settings of stage 1 or 2, Table 7's rows among them."""
 
-    encoder: str = setting("vision encoder: a folder in the hub's layout, a hub id, or a folder of a VQRAE")
-    image_size: int = setting("side of the training images in pixels", most=16384)
-    output_patch_size: int | None = setting("q, side of a token's patch of output (default: the encoder's p)",
-                                            most=1024)
-    quantizer: str = setting("simvq: the paper's; vq: plain; none: continuous", choices=list(QUANTIZERS))
-    codebook_size: int = setting("number of codes, K")
-    codebook_dim: int = setting("width of a code, e")
-    beta_side: str = setting("which term of Eq. 3 the 0.25 weighs", choices=["commitment", "codebook"])
-    codebook_init: str = setting("data: k-means of features; gaussian: the SimVQ authors'",
-                                 choices=["data", "gaussian"])
-    start_tokens: int = setting("features that the starts of codebook and projections look at, four to a code or more")
-    projection_init: str = setting("pixels: distances that count what features tell of pixels; features: with all "
-                                   "else that they tell in full; random: torch's",
-                                   choices=["pixels", "features", "random"])
-    perceptual: str = setting("vfm: the encoder's own features; lpips-convnext: the paper's networks, fetched on "
-                              "first use", choices=["vfm", "lpips-convnext", "none"])
-    perceptual_weight: float = setting("weight of the perceptual loss (paper: 1.1)", zero=True)
-    quantizer_weight: float = setting("weight of the quantizer's two losses (paper: 1)", zero=True)
-    distillation_weight: float = setting("weight of Eq. 5 when the encoder trains (paper: 1)", zero=True)
-    adversarial_weight: float = setting("weight of the adversarial loss (paper: 0 in stage 1, 0.1 in stage 2)",
-                                        zero=True)
-    discriminator_start: int = setting("step at which discriminator and adversarial loss set in", zero=True)
-    discriminator_width: int = setting("channels of the discriminator's first stage, a multiple of 32 (TiTok: 128)")
-    encoder_learning_rate: float = setting("of the encoder; 0 keeps it frozen", zero=True)
-    discriminator_learning_rate: float = setting("of the discriminator", zero=True)
+    encoder: str = setting("model", "vision encoder: a folder in the hub's layout, a hub id, or a folder of a VQRAE")
+    image_size: int = setting("images", "side of the training images in pixels", most=16384)
+    output_patch_size: int | None = setting("model", "q, side of a token's output (default: p)", most=1024)
+    quantizer: str = setting("model", "simvq: the paper's; vq: plain; none: continuous", choices=list(QUANTIZERS))
+    codebook_size: int = setting("model", "number of codes, K")
+    codebook_dim: int = setting("model", "width of a code, e")
+    beta_side: str = setting("loss", "which term of Eq. 3 the 0.25 weighs", choices=["commitment", "codebook"])
+    codebook_init: str = setting("model", "k-means of features, or the SimVQ authors'", choices=["data", "gaussian"])
+    start_tokens: int = setting("model", "features that the starts look at, at least 4 a code")
+    projection_init: str = setting("model", "pixels: distances that count what features tell of pixels; features: all "
+                                   "else in full too; random: torch's", choices=["pixels", "features", "random"])
+    perceptual: str = setting("loss", "vfm: the encoder's own features; lpips-convnext: the paper's networks, fetched "
+                              "on first use", choices=["vfm", "lpips-convnext", "none"])
+    perceptual_weight: float = setting("loss", "of the perceptual loss (paper: 1.1)", zero=True)
+    quantizer_weight: float = setting("loss", "of the quantizer's two losses (paper: 1)", zero=True)
+    distillation_weight: float = setting("loss", "of Eq. 5 when the encoder trains (paper: 1)", zero=True)
+    adversarial_weight: float = setting("loss", "of L_G (paper: 0 in stage 1, 0.1 in stage 2)", zero=True)
+    discriminator_start: int = setting("loss", "step at which discriminator and L_G set in", zero=True)
+    discriminator_width: int = setting("loss", "channels of its first stage, a multiple of 32 (TiTok: 128)")
+    encoder_learning_rate: float = setting("optimisation", "of the encoder; 0 keeps it frozen", zero=True)
+    discriminator_learning_rate: float = setting("optimisation", "of the discriminator", zero=True)
 
 
 @dataclass(kw_only=True)
 class LanguageConfig(CommonConfig):
     """Settings of a transformer that writes codes (stage ar, Table 9) or captions (stage caption, Table 8)."""
 
-    qwen3: str | None = setting("Qwen3 checkpoint to start from, a folder or a hub id; it has sizes of its own")
-    text_vocabulary: int = setting("tokens of the text tokenizer, at most, 256 bytes among them")
-    width: int = setting("of the transformer, d")
-    depth: int = setting("blocks")
-    heads: int = setting("query heads")
-    kv_heads: int = setting("key and value heads, a divisor of the query heads")
-    head_width: int = setting("channels of a head, an even number")
-    mlp_width: int = setting("channels inside the MLP")
+    qwen3: str | None = setting("model", "Qwen3 checkpoint to start from, a folder or a hub id, with its own sizes")
+    text_vocabulary: int = setting("model", "tokens of the text tokenizer at most, 256 are bytes")
+    width: int = setting("model", "of the transformer, d")
+    depth: int = setting("model", "blocks")
+    heads: int = setting("model", "query heads")
+    kv_heads: int = setting("model", "key and value heads, a divisor of the query heads")
+    head_width: int = setting("model", "channels of a head, an even number")
+    mlp_width: int = setting("model", "channels inside the MLP")
 
 
 @dataclass(kw_only=True)
 class GenerationConfig(LanguageConfig):
     """Settings of stage ar."""
 
-    tokenizer: str = setting("the VQRAE whose codes are predicted, a folder")
-    caption_dropout: float = setting("share of images without their caption, for guidance", zero=True, most=1)
-    style_dropout: float = setting("share of captions that do not name the style", zero=True, most=1)
-    code_noise: float = setting("largest share of an image's codes that are misread in training", zero=True, most=1)
-    recolour: str = setting("whether what is captioned \"green ...\" is also learned in other colours, its hue turned",
+    tokenizer: str = setting("model", "the VQRAE whose codes are predicted, a folder")
+    caption_dropout: float = setting("images", "share without their caption, for guidance", zero=True, most=1)
+    style_dropout: float = setting("images", "share of captions that do not name the style", zero=True, most=1)
+    code_noise: float = setting("images", "largest share of an image's codes misread in training", zero=True, most=1)
+    recolour: str = setting("images", "learn what is captioned \"green ...\" in other colours too, its hue turned",
                             choices=["yes", "no"])
 
 
@@ -91,8 +87,9 @@ class GenerationConfig(LanguageConfig):
 class CaptionConfig(LanguageConfig):
     """Settings of stage caption. Table 8 tunes a ready language model; here a small one is trained from scratch."""
 
-    encoder: str = setting("the encoder that is read")
-    image_size: int = setting("side of the images", most=16384)
+    encoder: str = setting("model", "the encoder that is read")
+    image_size: int = setting("images", "side of the images", most=16384)
+
 
 # Settings that a Qwen3 checkpoint brings with it, and settings that stage 2 takes over from the model of stage 1.
 FIXED_BY_QWEN3 = ("text_vocabulary", "width", "depth", "heads", "kv_heads", "head_width", "mlp_width")

@@ -18,8 +18,9 @@ from torch import nn
 import vqrae
 from presets import TrainingConfig
 from support.files import InputError, check_fields, load_model, read_json
+from support.metrics import codebook_usage
 from support.settings import setting
-from support.text import caption_of, load_text_tokenizer
+from support.text import caption_of, load_text_tokenizer, train_text_tokenizer
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -416,6 +417,17 @@ class UniTok(vqrae.VQRAE):
         codes = torch.tensor(self.config.codebook_size // self.config.codebooks, dtype=torch.float64)
         return tokens * self.config.codebooks * codes.log2().item()
 
+    def supervise(self, loss, terms, out, config, images, places):
+        """Stage 1's loss and terms with what a StageOneConfig adds; `out` is of the images at `places` of a set."""
+        of_pixels = terms["mse"] + config.perceptual_weight * terms.get("perceptual", 0.0)
+        loss = loss + (config.reconstruction_weight - 1) * of_pixels
+        if config.contrastive != "none":
+            captions = [words_of(images.records[place]) for place in places]
+            terms["contrastive"] = self.contrast(out.z_q, captions, config.contrastive,
+                                                 read_along=config.contrastive_weight == 0)
+            loss = loss + (config.contrastive_weight or 1.0) * terms["contrastive"]
+        return loss, terms
+
     def save_pretrained(self, folder):
         """Write config.json and model.safetensors, and tokenizer.json for the text tower's text."""
         super().save_pretrained(folder)
@@ -568,31 +580,31 @@ class DepthLM(vqrae.VisualLM):
         return torch.stack(codes, dim=1)
 
 
-
 def load_language_model(folder):
     """The VisualLM or DepthLM in a folder, in eval mode; InputError says what is missing or damaged."""
     return (DepthLM if has_codebooks(folder) else vqrae.VisualLM).from_pretrained(folder)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Settings of a training run
+# What a training run has of all this: train.py calls these, and for a plain VQRAE they do nothing
 # ----------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(kw_only=True)
-class UniTokTraining(TrainingConfig):
+class StageOneConfig(TrainingConfig):
     """Stage 1's settings, and those that only a UniTok has."""
 
-    quantizer: str = setting("simvq: VQRAE's; vq: plain; none: continuous; mcq: UniTok's many codebooks; mcq-simvq: "
-                             "the same of SimVQ codebooks; rq: residual", choices=[*vqrae.QUANTIZERS, *QUANTIZERS])
-    codebooks: int = setting("of mcq, mcq-simvq and rq; --codebook-size counts the codes of all")
-    projection: str = setting("d -> e and e -> d: linear, or UniTok's attention", choices=["linear", "attention"])
-    latent_noise: float = setting("RAE's noise on the latents of --quantizer none in stage 1, in standard deviations "
+    quantizer: str = setting("model", "simvq: VQRAE's; vq: plain; none: continuous; mcq: UniTok's many codebooks; "
+                             "mcq-simvq: the same of SimVQ codebooks; rq: residual",
+                             choices=[*vqrae.QUANTIZERS, *QUANTIZERS])
+    codebooks: int = setting("model", "of mcq, mcq-simvq and rq; --codebook-size counts the codes of all")
+    projection: str = setting("model", "d -> e and e -> d: or UniTok's", choices=["linear", "attention"])
+    latent_noise: float = setting("model", "RAE's noise on the latents of --quantizer none, in standard deviations "
                                   "(RAE: 0.8)", zero=True)
-    contrastive: str = setting("captions as a second supervision, in SigLIP's form or CLIP's",
+    contrastive: str = setting("loss", "captions as a second supervision, in SigLIP's form or CLIP's",
                                choices=["none", "sigmoid", "softmax"])
-    contrastive_weight: float = setting("of that loss; 0: the text tower reads along and changes nothing", zero=True)
-    reconstruction_weight: float = setting("of pixel and perceptual loss together", zero=True)
+    contrastive_weight: float = setting("loss", "of that loss; 0: the text tower only reads along", zero=True)
+    reconstruction_weight: float = setting("loss", "of pixel and perceptual loss together", zero=True)
 
 
 DEFAULTS = dict(codebooks=1, projection="linear", latent_noise=0.0, contrastive="none", contrastive_weight=1.0,
@@ -601,3 +613,75 @@ DEFAULTS = dict(codebooks=1, projection="linear", latent_noise=0.0, contrastive=
 # A text tower small enough for two CPU cores.
 TOWER = vqrae.LMConfig(text_vocabulary=1024, codebook_size=0, width=128, depth=2, heads=4, kv_heads=4, head_width=32,
                        mlp_width=384)
+
+
+def stage_one_config(config, given, always=False):
+    """A preset's TrainingConfig; a StageOneConfig when the flags `given` ask for what only a UniTok has, or `always`."""
+    asked = given.get("quantizer") in QUANTIZERS or DEFAULTS.keys() & given.keys()
+    return StageOneConfig(**asdict(config), **DEFAULTS) if asked or always else config
+
+
+def new_tokenizer(config, images):
+    """An untrained VQRAE, or UniTok for a StageOneConfig, around the pretrained encoder.
+
+    `images`, the training set, have the captions that a text tower is to read. Raises InputError when sizes do not fit
+    together.
+    """
+    encoder = vqrae.load_encoder(config.encoder)
+    p = encoder.config.patch_size
+    q = config.output_patch_size or p
+    if config.image_size % p or config.image_size < 2 * p:
+        raise InputError(f"--image-size {config.image_size} is not a multiple, at least twice, of the encoder's "
+                         f"patches of {p} pixels")
+    if config.image_size * q // p < max(11, 2 * p):
+        raise InputError(f"images of {config.image_size * q // p} pixels would come out; SSIM needs 11 and the "
+                         f"perceptual loss {2 * p}: choose a larger --image-size or --output-patch-size")
+    sizes = dict(encoder=encoder.config, image_size=config.image_size, output_patch_size=q,
+                 codebook_size=config.codebook_size, codebook_dim=config.codebook_dim, quantizer=config.quantizer,
+                 beta_side=config.beta_side)
+    if isinstance(config, StageOneConfig):
+        tower, text = text_tower(config, images) if config.contrastive != "none" else (None, None)
+        model = UniTok(UniTokConfig(**sizes, codebooks=config.codebooks, projection=config.projection,
+                                    latent_noise=config.latent_noise, text=tower), text)
+    else:
+        model = vqrae.VQRAE(vqrae.VQRAEConfig(**sizes))
+    model.encoder = encoder
+    return model
+
+
+def text_tower(config, images):
+    """The sizes of a text tower for the captions of an ImageSet, and its text tokenizer; InputError for no captions."""
+    texts = [words_of(record) for record in images.records]
+    if not any(texts):
+        raise InputError(f"--contrastive needs captions: put the images in {config.data} into one folder per class")
+    text = train_text_tokenizer(texts, TOWER.text_vocabulary)
+    return replace(TOWER, text_vocabulary=text.get_vocab_size()), text
+
+
+def fit_reading(model, images, *where):
+    """Before a trained model is saved: what can be read of features from its codes."""
+    if isinstance(model, UniTok):
+        model.fit_reading(images, *where)
+
+
+def further_figures(model, config, counts, tokens, train_images, val_images, *where):
+    """The last figures of a run that only a UniTok has: of each codebook, by the `counts` (K,) of all, and of captions.
+
+    tokens: how many an image has; where: batch size, device and workers.
+    """
+    figures = {}
+    if isinstance(model, UniTok):
+        if counts is not None:
+            each = [codebook_usage(part) for part in counts.view(model.config.codebooks, -1)]
+            figures["train_utilization_of_each"], figures["train_perplexity_of_each"] = map(list, zip(*each))
+        if model.config.quantizer != "none":
+            figures["bits_per_image"] = model.bits_per_image(tokens)
+        if getattr(config, "contrastive", "none") != "none":
+            figures["val_zero_shot"] = zero_shot(model, train_images.records, val_images, *where)
+    return figures
+
+
+def with_depth(lm, tokenizer):
+    """A VisualLM as it is or, where a tokenizer has several codes at every place, with a head that writes them."""
+    several = tokenizer.config.quantizer in QUANTIZERS
+    return DepthLM.around(lm, tokenizer.config.codebooks) if several else lm

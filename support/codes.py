@@ -1,4 +1,4 @@
-"""The codes of an image set, made once by a tokenizer and kept on disk."""
+"""An image set as tokens: features and pixels of some, and codes of all, made once and kept on disk."""
 
 import hashlib
 import json
@@ -6,9 +6,26 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from support.files import InputError, read_safetensors, replacing
+
+
+@torch.no_grad()
+def tokens_and_patches(encoder, images, parts, most):
+    """At least `most` tokens of an iterable of batches (B, 3, H, W): features (n, d) and pixels (n, 3*p*p).
+
+    Each batch is shown to the encoder in `parts`.
+    """
+    features, patches, found, p = [], [], 0, encoder.config.patch_size
+    for batch in images:
+        features += [encoder(part).flatten(0, 1) for part in batch.chunk(parts)]
+        patches.append(F.unfold(batch, p, stride=p).transpose(1, 2).flatten(0, 1))  # (B * N, 3*p*p)
+        found += len(patches[-1])
+        if found >= most:
+            break
+    return torch.cat(features), torch.cat(patches)
 
 
 @torch.no_grad()

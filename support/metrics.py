@@ -6,6 +6,8 @@ from collections import Counter, defaultdict
 import torch
 import torch.nn.functional as F
 
+# scikit-learn and torchmetrics are imported by the functions that use them: vqrae.py takes psnr from here, and their
+# import would take longer than all else that it needs.
 from support.files import InputError
 from support.images import eight_bits, resize_to
 from support.text import caption_of, text_of
@@ -78,54 +80,55 @@ def frechet_distance(x, y):
 
     On Inception features this is the FID; on any other encoder's features it is not, and must be named after it.
     """
-    x, y = x.double(), y.double()
-    # tr sqrt(A B) is the sum of the roots of the eigenvalues of the symmetric sqrt(A) B sqrt(A).
-    cov_x, cov_y = x.T.cov(), y.T.cov()  # (d, d)
-    values, vectors = torch.linalg.eigh(cov_x)  # (d,), (d, d)
-    root = vectors * values.clamp(min=0).sqrt() @ vectors.T  # (d, d)
-    cross = torch.linalg.eigvalsh(root @ cov_y @ root).clamp(min=0).sqrt().sum()
-    distance = (x.mean(0) - y.mean(0)).pow(2).sum() + cov_x.trace() + cov_y.trace() - 2 * cross
-    return distance.item()
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
+    as_they_are = torch.nn.Identity()  # in place of Inception, for these are features already
+    as_they_are.num_features = x.shape[1]
+    distance = FrechetInceptionDistance(as_they_are).set_dtype(torch.float64)
+    centre = x.double().mean(0)  # covariances come from sums of squares, which are exact where the mean is near 0
+    distance.update(x.double() - centre, real=True)
+    distance.update(y.double() - centre, real=False)
+    return distance.compute().item()
 
 
-@torch.enable_grad()  # `understanding` calls it under no_grad
-def linear_probe(train_features, train_labels, tests, test_labels, strengths=(0.001, 0.01, 0.1)):
+def linear_probe(train_features, train_labels, tests, test_labels, groups=None, strengths=(0.001, 0.01, 0.1)):
     """Multinomial logistic regression on standardised features (n, d) -> its accuracy in [0, 1] on each of `tests`.
 
     `tests` is a list of features (m, d), several encoders' of the same m images: the probe is fitted once and applied
     to all of them unchanged. `strengths` are values of C, the weight of the data against half the squared norm of the
-    weights; the one that is best for the first of `tests` counts, as for the figures in the README. The problem is
-    convex, so the answer does not depend on a seed.
+    weights. Cross-validation on the training features chooses among them, and the tests have no say; images of one of
+    the `groups` (n,), as an emoji in its styles, stay on one side. The problem is convex, so the answer does not depend
+    on a seed. Raises ValueError when all training labels are the same.
     """
-    mean, std = train_features.double().mean(0), train_features.double().std(0) + 1e-6
-    train, tests = (train_features.double() - mean) / std, [(test.double() - mean) / std for test in tests]
-    classes = int(max(train_labels.max(), test_labels.max())) + 1
-    weight = torch.zeros(classes, train.shape[1], dtype=torch.float64, requires_grad=True)
-    bias = torch.zeros(classes, dtype=torch.float64, requires_grad=True)
-    accuracies = []
-    for C in strengths:  # from the strongest regularisation on, each solution is the start of the next
-        optimizer = torch.optim.LBFGS([weight, bias], max_iter=300, tolerance_grad=1e-5, line_search_fn="strong_wolfe")
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import GridSearchCV, GroupKFold
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
 
-        def closure():
-            optimizer.zero_grad()
-            logits = train @ weight.T + bias  # (n, classes)
-            loss = F.cross_entropy(logits, train_labels) + weight.pow(2).sum() / (2 * C * len(train))
-            loss.backward()
-            return loss
-
-        optimizer.step(closure)
-        guesses = [(test @ weight.T + bias).argmax(1) for test in tests]  # (m,) each
-        accuracies.append([(guess == test_labels).double().mean().item() for guess in guesses])
-    return max(accuracies, key=lambda accuracy: accuracy[0])
+    features, labels = train_features.float().numpy(), train_labels.numpy()
+    groups = range(len(labels)) if groups is None else groups
+    probe = make_pipeline(StandardScaler(), LogisticRegression(C=strengths[0], max_iter=1000, tol=1e-3))
+    folds = min(3, len(set(groups)))
+    splits = GroupKFold(folds).split(features, labels, groups) if folds > 1 else []
+    splits = [(rest, fold) for rest, fold in splits if len(set(labels[rest])) > 1]
+    if splits:
+        search = GridSearchCV(probe, {"logisticregression__C": strengths}, cv=splits, refit=False)
+        probe.set_params(**search.fit(features, labels).best_params_)
+    probe.set_params(logisticregression__tol=1e-5)  # for choosing a strength, a hundredth of that was enough
+    probe.fit(features, labels)
+    return [probe.score(test.float().numpy(), test_labels.numpy()) for test in tests]
 
 
 def nearest_neighbours(train_features, train_labels, test_features, test_labels, k=10):
     """Accuracy in [0, 1] on features (m, d) of the vote of their k most similar training features (n, d), in cosine."""
-    similarity = F.normalize(test_features.float(), dim=1) @ F.normalize(train_features.float(), dim=1).T  # (m, n)
-    similarity, index = similarity.topk(min(k, len(train_features)), dim=1)  # (m, k)
-    classes = int(max(train_labels.max(), test_labels.max())) + 1
-    votes = torch.zeros(len(test_features), classes).scatter_add_(1, train_labels[index], similarity)  # (m, classes)
-    return (votes.argmax(1) == test_labels).double().mean().item()
+    from sklearn.neighbors import KNeighborsClassifier
+
+    def votes(distance):
+        return (1 - distance).clip(1e-9)  # the cosine; scikit-learn refuses votes that are all 0
+
+    neighbours = KNeighborsClassifier(min(k, len(train_features)), metric="cosine", weights=votes)
+    neighbours.fit(train_features.float().numpy(), train_labels.numpy())
+    return neighbours.score(test_features.float().numpy(), test_labels.numpy())
 
 
 @torch.no_grad()
@@ -138,12 +141,12 @@ def understanding(model, teacher, train_images, test_images, batch_size=64, devi
     NAME_transfer is the accuracy of a probe fitted to the teacher's training features and applied unchanged (Section
     3.4: the language model is not trained for the tokenizer), NAME_probe that of one fitted to these features,
     NAME_neighbours that of 10 nearest neighbours. cosine is the mean similarity of a token to the teacher's. Empty
-    when there are fewer than two labels.
+    when the training images have fewer than two labels. Raises InputError when features are not finite.
     """
     names = {}
     for key in keys:
         labels = [record.get(key, "") for images in (train_images, test_images) for record in images.records]
-        if len(set(labels)) > 1:
+        if len(set(labels[:len(train_images)])) > 1:
             values = sorted(set(labels))
             names[key] = torch.tensor([values.index(label) for label in labels]).split(
                 [len(train_images), len(test_images)])  # (n,), (m,)
@@ -162,14 +165,18 @@ def understanding(model, teacher, train_images, test_images, batch_size=64, devi
                     cosine = F.cosine_similarity(tokens, features["teacher"], dim=-1)  # (B, N)
                     cosines.setdefault(name, []).append(cosine.mean(1).cpu())
     pooled = {name: torch.cat(parts).split([len(train_images), len(test_images)]) for name, parts in pooled.items()}
+    for name, parts in pooled.items():
+        if not all(features.isfinite().all() for features in parts):
+            raise InputError(f"the {name} features are not all finite numbers: nothing can be read off them")
+    groups = [str(record.get("name", place)) for place, record in enumerate(train_images.records)]
     result = {name: {} for name in pooled}
     for key, (train_labels, test_labels) in names.items():
         tests = [test for _, test in pooled.values()]
-        transferred = linear_probe(pooled["teacher"][0], train_labels, tests, test_labels)
+        transferred = linear_probe(pooled["teacher"][0], train_labels, tests, test_labels, groups)
         for (name, (train, test)), transfer in zip(pooled.items(), transferred):
             result[name][f"{key}_transfer"] = transfer
             result[name][f"{key}_probe"] = (transfer if name == "teacher" else
-                                            linear_probe(train, train_labels, [test], test_labels)[0])
+                                            linear_probe(train, train_labels, [test], test_labels, groups)[0])
             result[name][f"{key}_neighbours"] = nearest_neighbours(train, train_labels, test, test_labels)
     for name, values in cosines.items():
         result[name]["cosine"] = torch.cat(values).double().mean().item()

@@ -52,15 +52,17 @@ def caption_of(record, style=True):
 
 
 def misread(codes, most, generator):
-    """Codes (B, N) with some replaced by other codes of the batch: in each image its own share, up to `most`.
+    """Codes (B, N), or (B, N, M), of which some places have another's: in each image its own share, up to `most`.
 
     An image of a small set is known by its first codes. A transformer that reads them as they are may learn to go on
     from there, by heart, and have no use for the caption; once it writes, its first slip leads it to another image or
     to none. One that may not trust what it reads learns what the caption says about every place.
     """
-    share = most * torch.rand(len(codes), 1, generator=generator)  # (B, 1)
-    others = codes.flatten()[torch.randperm(codes.numel(), generator=generator)].view_as(codes)  # (B, N)
-    return torch.where(torch.rand(codes.shape, generator=generator) < share, others, codes)
+    share, places = most * torch.rand(len(codes), 1, generator=generator), codes.flatten(0, 1)  # (B, 1), (B * N[, M])
+    others = places[torch.randperm(len(places), generator=generator)].view_as(codes)
+    taken = torch.rand(codes.shape[:2], generator=generator) < share  # (B, N)
+    return torch.where(taken.view(*taken.shape, *[1] * (codes.dim() - 2)), others, codes)
+
 
 # Averages over the emoji called so: the hue, in turns of the colour wheel, and the largest less the smallest of red,
 # green and blue, out of 255.
@@ -79,11 +81,11 @@ def turn_colour(image, old, new):
 
 @torch.no_grad()
 def recolour(model, images, places, device="cpu"):
-    """Images of an ImageSet in colours other than their own, as codes (n, N) and records: a green apple as "red apple".
+    """Images of an ImageSet in colours other than their own: a list of codes (1, N) and their records.
 
-    Taken are the images at `places` whose caption begins with one of COLOURS, in each other colour unless an image
-    there already has that caption. In a small set a colour is seen on a few things only, and its word comes to mean
-    those things.
+    A green apple becomes a "red apple". Taken are the images at `places` whose caption begins with one of COLOURS, in
+    each other colour unless an image there already has that caption. In a small set a colour is seen on a few things
+    only, and its word comes to mean those things.
     """
     records = [images.records[place] for place in places]
     known, codes, found = {caption_of(record) for record in records}, [], []
@@ -99,4 +101,4 @@ def recolour(model, images, places, device="cpu"):
                 found.append(new)
                 turned = turn_colour(image, colour, other)
                 codes.append(model.encode(turned.to(device).float() / 255)[1].cpu())
-    return torch.cat(codes) if codes else None, found
+    return codes, found

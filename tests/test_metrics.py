@@ -1,0 +1,207 @@
+"""Measures of pixels, of the use of a codebook, and of what features understand, each against a reference."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+
+from conftest import seeds, small_model
+from support.files import InputError
+from support.images import ImageSet
+from support.metrics import (frechet_distance, linear_probe, nearest, nearest_neighbours, psnr, retrieval, seam_errors,
+                             ssim, understanding)
+
+
+# --- pixels ---
+
+
+@given(st.integers(11, 40), st.integers(11, 40), seeds, st.floats(0.001, 1))
+def test_psnr_and_ssim_equal_those_of_scikit_image(height, width, seed, noise):
+    from skimage import metrics
+
+    rng = np.random.default_rng(seed)
+    x = rng.random((2, 3, height, width))
+    y = np.clip(x + noise * rng.standard_normal(x.shape), 0, 1)
+    ours = psnr(torch.tensor(x), torch.tensor(y)), ssim(torch.tensor(x), torch.tensor(y))
+    for i in range(2):
+        assert ours[0][i].item() == pytest.approx(metrics.peak_signal_noise_ratio(x[i], y[i], data_range=1), abs=1e-4)
+        expected = metrics.structural_similarity(x[i], y[i], data_range=1, channel_axis=0, gaussian_weights=True,
+                                                 sigma=1.5, use_sample_covariance=False)
+        assert ours[1][i].item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_grid_of_patches_shows_in_the_seam_ratio_and_plain_noise_does_not():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(4, 3, 32, 32, generator=generator)
+    noise = 0.1 * torch.randn(x.shape, generator=generator)
+    offsets = 0.1 * torch.randn(4, 3, 4, 4, generator=generator)  # one wrong tone per patch of 8 x 8
+    ratio = [torch.stack(seam_errors(x, x + error, 8)).mean(1) for error in
+             (noise, F.interpolate(offsets, scale_factor=8) + 0.1 * noise)]
+    assert (ratio[0][0] / ratio[0][1]).item() == pytest.approx(1, abs=0.1)
+    assert ratio[1][0] > 10 * ratio[1][1]
+
+
+# --- distances between sets of pictures ---
+
+
+@given(st.integers(2, 8), seeds)
+def test_the_frechet_distance_equals_its_formula_with_scipys_matrix_root(d, seed):
+    from scipy.linalg import sqrtm
+
+    rng = np.random.default_rng(seed)
+    x, y = rng.standard_normal((50, d)), 1.5 * rng.standard_normal((60, d)) + rng.standard_normal(d)
+    a, b = np.cov(x.T), np.cov(y.T)
+    expected = ((x.mean(0) - y.mean(0)) ** 2).sum() + np.trace(a + b - 2 * np.real(sqrtm(a @ b)))
+    assert frechet_distance(torch.tensor(x), torch.tensor(y)) == pytest.approx(expected, rel=1e-6, abs=1e-6)
+    assert frechet_distance(torch.tensor(x), torch.tensor(x)) == pytest.approx(0, abs=1e-6)
+
+
+@given(st.integers(2, 8), st.floats(-1e4, 1e4), seeds)
+def test_the_frechet_distance_does_not_depend_on_where_the_features_lie(d, shift, seed):
+    generator = torch.Generator().manual_seed(seed)
+    x, y = torch.randn(50, d, generator=generator).double(), torch.randn(60, d, generator=generator).double()
+    assert frechet_distance(x + shift, y + shift) == pytest.approx(frechet_distance(x, y), rel=1e-6)
+
+
+@given(seed=seeds, d=st.integers(2, 8), n=st.integers(2, 20))
+def test_the_nearest_picture_to_one_of_the_gallery_is_itself(seed, d, n):
+    gallery = torch.randn(n, d, generator=torch.Generator().manual_seed(seed))
+    found = nearest(gallery, gallery).tolist()
+    z = (gallery - gallery.mean(0)) / (gallery.std(0) + 1e-6)
+    z = F.normalize(z, dim=1).double().numpy()
+    assert np.allclose([z[i] @ z[j] for i, j in enumerate(found)], 1, atol=1e-5)
+
+
+def test_retrieval_counts_names_categories_and_subcategories():
+    apple = {"name": "apple", "category": "food", "subcategory": "fruit", "style": "noto"}
+    pear, cat = {**apple, "name": "pear"}, {"name": "cat", "category": "animals", "subcategory": "mammals"}
+    asked = [apple, apple, apple, apple]
+    found = retrieval([{**apple, "style": "fluent"}, pear, cat, apple], asked)
+    assert found == {"name": 0.5, "category": 0.75, "subcategory": 0.75}
+    assert retrieval([{"name": "a"}], [{"name": "b"}]) == {"name": 0.0}
+
+
+# --- what features understand ---
+
+
+def linear_classes(n, d, classes, seed=0):
+    """Gaussian features (n, d), and the labels (n,) that a random linear map gives them."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, d, generator=generator)
+    return x, (x @ torch.randn(d, classes, generator=generator)).argmax(1)
+
+
+def test_a_linear_probe_reads_linear_classes_and_guesses_at_noise():
+    x, labels = linear_classes(600, 10, 3)
+    assert linear_probe(x[:400], labels[:400], [x[400:]], labels[400:])[0] > 0.85
+    shuffled = labels[torch.randperm(600, generator=torch.Generator().manual_seed(1))]
+    assert linear_probe(x[:400], shuffled[:400], [x[400:]], shuffled[400:])[0] < 0.6
+
+
+def test_a_probe_is_fitted_once_and_applied_to_other_features_unchanged():
+    x, labels = linear_classes(600, 10, 3)
+    own, turned, same = linear_probe(x[:400], labels[:400], [x[400:], -x[400:], x[400:].clone()], labels[400:])
+    assert own == same > 0.85 and turned < 0.2
+
+
+@given(seed=seeds, C=st.sampled_from([0.001, 0.01, 0.1, 1]))
+def test_a_probe_of_given_strength_is_the_minimum_of_the_summed_cross_entropy_and_half_the_squared_norm(seed, C):
+    x, labels = linear_classes(200, 5, 3, seed)
+    x, test, labels = x[:100].double(), x[100:].double(), labels[:100]
+    standard = (x - x.mean(0)) / x.std(0, correction=0)
+    weight, bias = torch.zeros(5, 3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
+    optimizer = torch.optim.LBFGS([weight.requires_grad_(), bias.requires_grad_()], max_iter=500, tolerance_grad=1e-9,
+                                  tolerance_change=1e-12, line_search_fn="strong_wolfe")
+
+    def loss():
+        optimizer.zero_grad()
+        total = C * F.cross_entropy(standard @ weight + bias, labels, reduction="sum") + weight.pow(2).sum() / 2
+        total.backward()
+        return total
+
+    optimizer.step(loss)
+    with torch.no_grad():
+        logits = ((test - x.mean(0)) / x.std(0, correction=0)) @ weight + bias
+    (first, second), guess = logits.topk(2).values.T, logits.argmax(1)
+    sure = first - second > 0.01 * first.abs()
+    assert linear_probe(x, labels, [test[sure]], guess[sure], strengths=[C]) == [1.0]
+
+
+def noisy_copies(emoji, copies, generator):
+    """Features (emoji * copies, 40) and labels: one channel tells the class a little, the others only the emoji."""
+    labels = torch.arange(emoji) % 2
+    x = torch.randn(emoji, 40, generator=generator)
+    x[:, 0] += 2 * labels - 1
+    x, labels = x.repeat_interleave(copies, 0), labels.repeat_interleave(copies)
+    return x + 0.01 * torch.randn(x.shape, generator=generator), labels
+
+
+def test_the_strength_of_a_probe_is_chosen_with_the_images_of_a_group_on_one_side():
+    generator = torch.Generator().manual_seed(0)
+    (x, labels), (test, truth) = noisy_copies(40, 3, generator), noisy_copies(1000, 1, generator)
+    weak, strong = (linear_probe(x, labels, [test], truth, strengths=[C]) for C in (100, 1e-3))
+    names = [f"emoji {i // 3}" for i in range(120)]
+    assert strong[0] > weak[0]
+    assert linear_probe(x, labels, [test], truth, names, strengths=(1e-3, 100)) == strong
+    assert linear_probe(x, labels, [test], truth, strengths=(1e-3, 100)) == weak  # copies on both sides: learn by heart
+
+
+@given(seed=seeds)
+def test_the_features_tested_have_no_say_in_the_strength_of_a_probe(seed):
+    generator = torch.Generator().manual_seed(seed)
+    x, labels = noisy_copies(30, 1, generator)
+    (test, truth), other = noisy_copies(60, 1, generator), torch.randn(60, 40, generator=generator)
+    assert linear_probe(x, labels, [test, other], truth) == linear_probe(x, labels, [other, test], truth)[::-1]
+
+
+@pytest.mark.parametrize("count, names", [(2, None), (6, ["the same"] * 6)])
+def test_a_probe_is_fitted_where_there_is_too_little_to_choose_its_strength_by(count, names):
+    labels = torch.arange(count) % 2
+    assert linear_probe(labels[:, None] * 2.0, labels, [labels[:, None] * 2.0], labels, names) == [1.0]
+
+
+@given(seed=seeds, k=st.integers(1, 12))
+def test_nearest_neighbours_vote_as_in_a_float64_brute_force(seed, k):
+    rng = np.random.RandomState(seed % 2**32)
+    train_x, test_x, labels = rng.randn(30, 4), rng.randn(9, 4), rng.randint(0, 3, 30)
+    expected = []
+    for x in test_x:
+        cosine = train_x @ x / np.linalg.norm(train_x, axis=1) / np.linalg.norm(x)
+        near = np.argsort(-cosine)[:k]
+        expected.append(np.argmax([cosine[near][labels[near] == c].sum() for c in range(3)]))
+    truth = rng.randint(0, 3, 9)
+    found = nearest_neighbours(torch.tensor(train_x), torch.tensor(labels), torch.tensor(test_x), torch.tensor(truth),
+                               k)
+    assert found == pytest.approx((np.array(expected) == truth).mean())
+
+
+def test_neighbours_of_features_that_are_all_zero_still_vote():
+    assert nearest_neighbours(torch.zeros(4, 3), torch.tensor([1, 1, 1, 0]), torch.zeros(2, 3), torch.ones(2)) == 1
+
+
+def test_an_unchanged_encoder_understands_what_its_teacher_does(photo_folder):
+    model = small_model()
+    images = [ImageSet(photo_folder, "all", 16)] * 2
+    rows = understanding(model, model.encoder, *images)
+    assert rows["continuous"] == rows["teacher"] and rows["teacher"]["cosine"] == pytest.approx(1)
+    assert rows["teacher"]["category_transfer"] == rows["teacher"]["category_probe"]
+    assert rows["discrete"]["cosine"] < 0.99
+
+
+def test_without_labels_there_is_nothing_to_understand(tmp_path, photo_folder):
+    (tmp_path / "flat").mkdir()
+    for path in photo_folder.glob("class0/*.png"):
+        (tmp_path / "flat" / path.name).write_bytes(path.read_bytes())
+    images = ImageSet(tmp_path / "flat", "all", 16)
+    assert understanding(small_model(), small_model().encoder, images, images) == {}
+
+
+def test_features_that_are_no_numbers_are_one_sentence(photo_folder):
+    model, images = small_model(), ImageSet(photo_folder, "all", 16)
+    teacher = small_model().encoder
+    with torch.no_grad():
+        next(teacher.parameters()).fill_(torch.nan)
+    with pytest.raises(InputError, match="the teacher features are not all finite numbers"):
+        understanding(model, teacher, images, images)
