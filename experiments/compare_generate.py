@@ -1,6 +1,6 @@
 """Greedy generation beside transformers' `generate`: the same weights, prompts and machine, in alternating processes.
 
-    python .ci/compare_generate.py --model out/ar
+    python experiments/compare_generate.py --model out/ar
 
 Also times ours at growing lengths, for what a longer picture costs.
 """

@@ -1,6 +1,6 @@
 """Time and memory of our SimVQ beside vector-quantize-pytorch's, forward and backward, in alternating processes.
 
-    pip install vector-quantize-pytorch && python .ci/compare_simvq.py
+    pip install vector-quantize-pytorch && python experiments/compare_simvq.py
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """A preset's stage-1 step on a CPU beside the same step of well-known parts, in alternating processes.
 
-    python .ci/compare_stage1.py
-    python .ci/compare_stage1.py --preset dinov2-s --batch-size 4 --encoder ../shared/weights/dinov2-small
+    python experiments/compare_stage1.py
+    python experiments/compare_stage1.py --preset dinov2-s --batch-size 4 --encoder ../shared/weights/dinov2-small
 
 The other step: transformers' Dinov2Model, frozen, and a decoder of as many ViTMAE layers of the same sizes, with
 vector-quantize-pytorch's SimVQ between them. Both: the preset's image size, K and e, MSE and the quantizer's losses (no
@@ -25,6 +25,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import train  # noqa: E402
 import vqrae  # noqa: E402
+from presets import TINY  # noqa: E402
+from support.run import Run  # noqa: E402
+from support.shards import open_images  # noqa: E402
 
 
 def settings(args):
@@ -37,7 +40,8 @@ def settings(args):
 
 
 def our_step(args):
-    return train.TokenizerRun(*settings(args)).step
+    run = Run(*settings(args))
+    return train.stage_1(run, run.config).step
 
 
 class Theirs(nn.Module):
@@ -86,7 +90,7 @@ def their_step(args):
     optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=config.weight_decay)
 
     def step(batch):
-        images = batch.float() / 255
+        images = batch[0].float() / 255
         with torch.autocast("cpu", torch.bfloat16, enabled=args.precision == "bf16"):
             reconstruction, quantizer_loss = model(images)
         optimizer.zero_grad()
@@ -102,8 +106,8 @@ def measure(args):
     """One process: the median seconds of a step, and the highest memory of all."""
     step = {"ours": our_step, "theirs": their_step}[args.which](args)
     config = settings(args)[1]
-    images = vqrae.ImageSet(config.data, "train", config.image_size)
-    batch, times = next(iter(images.batches(range(args.batch_size), args.batch_size))), []
+    images = open_images(config.data, "train", config.image_size)
+    batch, times = next(images.batches(range(args.batch_size), args.batch_size, indices=True)), []
     for _ in range(args.steps + 1):
         begin = time.time()
         step(batch)
@@ -115,7 +119,7 @@ def measure(args):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=["tiny", "dinov2-s"], default="tiny")
-    parser.add_argument("--encoder", default=vqrae.TINY.encoder, help="folder of a DINOv2 of the preset's size")
+    parser.add_argument("--encoder", default=TINY.encoder, help="folder of a DINOv2 of the preset's size")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--steps", type=int, default=10, help="timed steps in a process")
     parser.add_argument("--rounds", type=int, default=3, help="processes of each kind, in turn")

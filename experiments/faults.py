@@ -1,7 +1,7 @@
 """Faults on purpose: training is killed, starved of disk and fed damage, and has to end as if nothing had happened.
 
-    nice python .ci/faults.py                # kill -9 at 54 random moments, then the other faults: a table, a JSON line
-    nice python .ci/faults.py --fuzz 2000    # the fuzzing tests of test_vqrae.py on at least so many inputs
+    nice python experiments/faults.py                # kill -9 at 54 moments, then other faults: a table, a JSON line
+    nice python experiments/faults.py --fuzz 2000    # the tests of tests/test_fuzz.py on at least so many inputs
 
 Every fault ends in one of two ways: the next --resume reaches the weights, log and figures of an undisturbed run, bit
 for bit; or it ends with one sentence, leaves the checkpoint as it was, and reaches them once the fault is mended. Runs
@@ -31,6 +31,8 @@ from safetensors.torch import save_file
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import vqrae  # noqa: E402
+from export import save_encoder  # noqa: E402
+from support.files import read_safetensors  # noqa: E402
 
 STEPS = 36
 TIMINGS = ("seconds", "images_per_second")
@@ -39,13 +41,17 @@ DISTURBED = """
 import os, sys
 sys.path.insert(0, {root!r})
 import train
-kind = train.STAGES[{stage!r}]
-step = kind.step
-def disturbed(run, batch):
-    if run.done == {at}:
-        {action}
-    step(run, batch)
-kind.step = disturbed
+make, settings = train.STAGES[{stage!r}]
+def make_disturbed(run, config):
+    stage = make(run, config)
+    step = stage.step
+    def disturbed(batch):
+        if run.done == {at}:
+            {action}
+        step(batch)
+    stage.step = disturbed
+    return stage
+train.STAGES[{stage!r}] = make_disturbed, settings
 train.main(sys.argv[1:])
 """
 
@@ -54,8 +60,8 @@ def make_inputs(folder):
     """A small encoder in two shards, forty images in two classes, and the arguments of three runs that need them."""
     torch.manual_seed(0)
     encoder = folder / "encoder"
-    vqrae.save_encoder(vqrae.Encoder(vqrae.ViTConfig(32, 8, width=96, depth=3, heads=3, mlp_width=192)), encoder)
-    weights = vqrae.read_safetensors(encoder / "model.safetensors")
+    save_encoder(vqrae.Encoder(vqrae.ViTConfig(32, 8, width=96, depth=3, heads=3, mlp_width=192)), encoder)
+    weights = read_safetensors(encoder / "model.safetensors")
     (encoder / "model.safetensors").unlink()
     files = {name: f"model-{1 + i % 2}.safetensors" for i, name in enumerate(sorted(weights))}
     for file in set(files.values()):
@@ -219,7 +225,8 @@ def faults(folder, runs, whole):
     for stage in ("1", "2"):
         f = fault(f"a batch of no numbers, stage {stage}", stage)
         before = files_of(f.out / "checkpoint")
-        refused = f.refuses(DISTURBED.format(root=str(ROOT), stage=stage, at=20, action="batch = batch * float('nan')"))
+        no_numbers = "batch = batch[0] * float('nan'), batch[1]"  # images and their places
+        refused = f.refuses(DISTURBED.format(root=str(ROOT), stage=stage, at=20, action=no_numbers))
         yield f, refused and files_of(f.out / "checkpoint") == before and f.reaches_the_end()
     yield from full_disks(folder, runs, whole)
 
@@ -251,7 +258,7 @@ def full_disks(folder, runs, whole):
 def fuzz(count):
     """Run the fuzzing tests of the suite on `count` inputs in all or more, and say how many there were."""
     process = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "test_vqrae.py", "-k", "fuzzed", "--hypothesis-show-statistics"],
+        [sys.executable, "-m", "pytest", "-q", "tests/test_fuzz.py", "-k", "fuzzed", "--hypothesis-show-statistics"],
         cwd=ROOT, env={**os.environ, "FUZZ": str(count)}, stdout=subprocess.PIPE, text=True)
     passing, failing = (sum(map(int, found)) for found in zip(
         *re.findall(r"(\d+) passing, (\d+) failing", process.stdout) or [(0, 0)]))

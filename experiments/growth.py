@@ -1,6 +1,6 @@
 """Draw how time and memory grow: SimVQ with tokens, codes and dimension, generation with the length of a picture.
 
-    pip install vector-quantize-pytorch && python .ci/growth.py --model out/ar --out assets/growth.png
+    pip install vector-quantize-pytorch && python experiments/growth.py --model out/ar --out assets/growth.png
 
 SimVQ forward + backward is measured by compare_simvq.py, ours beside vector-quantize-pytorch's, each point a process.
 """
