@@ -1,133 +1,191 @@
 """The experiments: ablations in small, and the collapse."""
 
-import argparse
 import re
+import shutil
+from dataclasses import asdict
 
 import pytest
 from PIL import Image
 
 import train
+import vqrae
+from experiments import ablate, collapse
 from presets import PRESETS
 from support.files import InputError
+from support.images import ImageSet
+from support.metrics import evaluate
+
+
+def without_dimension(short_run):
+    """The flags of a short stage 1 that an ablation understands: it chooses the dimension of the codebook."""
+    at = short_run.index("--codebook-dim")
+    return [*short_run[2:at], *short_run[at + 2:]]
+
+
+def few_small_rows(make_rows, every):
+    """The rows of an ablation, but one in `every`, and their codebooks small."""
+    def make(args):
+        return [(keys, seed, [(stage, {**changes, **({"codebook_size": 32} if stage == "1" else {})})
+                              for stage, changes in stages])
+                for keys, seed, stages in list(make_rows(args))[::every]]
+
+    return make
 
 
 @pytest.mark.parametrize("ablation, every", [("codebook", 5), ("strategy", 3)])
 def test_an_ablation_goes_on_row_by_row_and_ends_in_a_table_and_a_plot(short_run, tmp_path, monkeypatch, ablation,
                                                                        every):
-    make_rows, *columns = train.ABLATIONS[ablation]
-
-    def few_small_rows(args):
-        return [(keys, seed, [(stage, {**changes, **({"codebook_size": 32} if stage == "1" else {})})
-                              for stage, changes in stages])
-                for keys, seed, stages in list(make_rows(args))[::every]]
-
-    monkeypatch.setitem(train.ABLATIONS, ablation, (few_small_rows, *columns))
+    make_rows, *columns = ablate.ABLATIONS[ablation]
+    rows = few_small_rows(make_rows, every)
+    monkeypatch.setitem(ablate.ABLATIONS, ablation, (rows, *columns))
     trained, real = [], train.train
 
-    def interrupted(run):
+    def interrupted(args, config):
         if len(trained) == 2:
             raise InputError("interrupted")
-        going_on(run)
+        return going_on(args, config)
 
-    def going_on(run):
-        trained.append(run.args.out)
-        real(run)
+    def going_on(args, config):
+        trained.append(args.out)
+        return real(args, config)
 
-    at = short_run.index("--codebook-dim")
-    arguments = ["--ablate", ablation, *short_run[2:at], *short_run[at + 2:]]
-    out = tmp_path / "run"
+    arguments, out = [ablation, *without_dimension(short_run)], tmp_path / "run"
     monkeypatch.setattr(train, "train", interrupted)
     with pytest.raises(SystemExit, match="interrupted"):
-        train.main(arguments)
+        ablate.main(arguments)
     assert not (out / "table.md").exists()
     monkeypatch.setattr(train, "train", going_on)
-    train.main(arguments)
+    ablate.main(arguments)
     assert len(trained) == len(set(trained)), "a row that was done ran again"
     table = (out / "table.md").read_text().splitlines()
-    assert len(table) == 2 + len({tuple(keys.items()) for keys, _, _ in few_small_rows(train.parse_args(arguments))})
-    assert "nan" not in "".join(table) and Image.open(out / "plot.png").size[0] > 200
+    assert len(table) == 2 + len({tuple(keys.items()) for keys, _, _ in rows(ablate.parse_args(arguments))})
+    assert "nan" not in "".join(table)
+    assert Image.open(out / "plot.png").size[0] > 200
     with pytest.raises(SystemExit, match="was run with other settings than these; choose another --out"):
-        train.main(arguments + ["--steps", "8"])
+        ablate.main(arguments + ["--steps", "8"])
 
 
 @pytest.mark.parametrize("extra", [["--print-config"], ["--benchmark"], ["--init", "x"], ["--overwrite"],
-                                   ["--codebook-dim", "8"]])
+                                   ["--stage", "2"], ["--codebook-dim", "8"]])
 def test_an_ablation_refuses_what_it_would_have_to_ignore(extra, tmp_path):
-    with pytest.raises(SystemExit, match="error: --ablate"):
-        train.main(["--ablate", "codebook", "--out", str(tmp_path / "out"), *extra])
+    with pytest.raises(SystemExit, match="error: ablate.py codebook"):
+        ablate.main(["codebook", "--out", str(tmp_path / "out"), *extra])
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("script, words", [(ablate, ["strategy"]), (collapse, [])])
+def test_an_experiment_does_not_start_as_one_of_several_ranks(script, words, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit, match="start it without torchrun"):
+        script.main([*words, "--out", str(tmp_path / "out")])
+
+
 @pytest.mark.parametrize("arguments, sentence", [
-    (["strategy", "--adversarial-weight", "0.1"], "--ablate strategy chooses --adversarial-weight itself"),
-    (["supervision", "--contrastive", "none"], "--ablate supervision is about captions"),
+    (["strategy", "--adversarial-weight", "0.1"], "ablate.py strategy chooses --adversarial-weight itself"),
+    (["quantizer", "--codebooks", "4"], "ablate.py quantizer chooses --codebooks itself"),
+    (["supervision", "--contrastive", "none"], "ablate.py supervision is about captions"),
     (["supervision", "--preset", "qwen3-0.6b"], "--preset qwen3-0.6b has no settings for --stage 1"),
 ])
 def test_what_an_ablation_cannot_do_is_one_sentence(arguments, sentence, tmp_path):
     with pytest.raises(SystemExit, match=sentence):
-        train.main(["--ablate", *arguments, "--out", str(tmp_path / "out")])
+        ablate.main([*arguments, "--out", str(tmp_path / "out")])
+
+
+@pytest.mark.parametrize("extra", [["--init", "x"], ["--quantizer", "vq"], ["--codebook-init", "data"]])
+def test_the_collapse_refuses_what_it_would_have_to_ignore(extra, tmp_path):
+    with pytest.raises(SystemExit, match="error: collapse.py"):
+        collapse.main(["--out", str(tmp_path / "out"), *extra])
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_experiment_writes_into_a_folder_of_its_own():
+    assert str(ablate.parse_args(["strategy"]).out) == "out/ablate-strategy"
+    assert str(collapse.parse_args([]).out) == "out/ablate-collapse"
+    assert str(collapse.parse_args(["--out", "elsewhere"]).out) == "elsewhere"
 
 
 def test_a_row_of_an_ablation_does_not_go_on_from_a_stage_of_other_settings(short_run, tmp_path):
     def run_row(steps):
-        args = train.parse_args(["--ablate", "codebook", *short_run[2:], "--steps", steps])
-        config = train.settings_for(argparse.Namespace(**{**vars(args), "stage": "1"}), "1")
-        return train.run_row(args, tmp_path / "row", 0, [("1", config)])
+        args = ablate.parse_args(["codebook", *short_run[2:], "--steps", steps])
+        return ablate.run_row(args, tmp_path / "row", 0, [("1", train.settings_for(args, "1"))])
 
     assert run_row("2") == run_row("2")  # what is done is not done again
     with pytest.raises(InputError, match="continues a run with its own settings"):
         run_row("3")
 
 
+@pytest.mark.parametrize("ablation", ["codebook", "strategy"])
+def test_a_row_has_the_frechet_distance_of_its_saved_model_by_the_encoder_before_training(
+        short_run, encoder_folder, photo_folder, tmp_path, ablation):
+    for split in ("train", "val"):
+        shutil.copytree(photo_folder, tmp_path / "data" / split)
+    args = ablate.parse_args([ablation, *short_run[2:], "--data", str(tmp_path / "data")])
+    changes = {"encoder_learning_rate": 0.1 if ablation == "strategy" else 0.0}
+    row = ablate.run_row(args, tmp_path / "row", 0, [("1", ablate.ablated_settings(args, "1", changes))])
+    measured = evaluate(vqrae.VQRAE.from_pretrained(tmp_path / "row/stage1"), ImageSet(tmp_path / "data", "val", 16),
+                        frechet_encoder=vqrae.load_encoder(encoder_folder))
+    assert row["val_psnr"] == pytest.approx(measured["psnr"])
+    assert row["val_frechet_teacher"] == pytest.approx(measured["frechet"])
+
+
 def test_the_collapse_is_drawn_and_its_codes_in_use_are_told(short_run, tmp_path, capsys):
-    train.main(["--ablate", "collapse", *short_run[2:]])
+    collapse.main(short_run[2:])
     told = re.findall(r"(\d+) codes in use at step 0", capsys.readouterr().out)
     assert len(told) == 4 and all(1 <= int(count) <= 32 for count in told)
     assert Image.open(tmp_path / "run/collapse.png").size[0] > 200
 
 
 def test_flags_do_not_turn_one_strategy_into_another():
-    args = train.parse_args(["--ablate", "strategy", "--distillation-weight", "0.5", "--encoder-learning-rate", "0.1"])
-    first = [stages[0][1] for _, _, stages in train.strategy_rows(args)][::3]
-    assert [changes["encoder_learning_rate"] for changes in first] == [0, 0.1, 0.1, 0]
-    assert [changes["distillation_weight"] for changes in first] == [0, 0, 1, 0]
+    args = ablate.parse_args(["strategy", "--distillation-weight", "0.5", "--encoder-learning-rate", "0.1"])
+    first = [ablate.ablated_settings(args, *stages[0]) for _, _, stages in ablate.strategy_rows(args)][::3]
+    assert [config.encoder_learning_rate for config in first] == [0, 0.1, 0.1, 0]
+    assert [config.distillation_weight for config in first] == [0, 0, 1, 0]
+
+
+def test_flags_change_what_the_rows_have_in_common():
+    for words, rate, start in (([], 0.0, "features"), (["--muon-learning-rate", "0.1"], 0.1, "features"),
+                               (["--projection-init", "random"], 0.0, "random")):
+        args = ablate.parse_args(["strategy", *words])
+        configs = [ablate.ablated_settings(args, *stage)
+                   for _, _, stages in ablate.strategy_rows(args) for stage in stages]
+        assert {(config.muon_learning_rate, config.projection_init) for config in configs} == {(rate, start)}
 
 
 def test_the_rows_of_the_ablations_are_those_of_the_papers_tables():
-    args = train.parse_args(["--ablate", "codebook"])
-    rows = list(train.codebook_rows(args))
+    rows = list(ablate.codebook_rows(ablate.parse_args(["codebook"])))
     d, K = 192, PRESETS["tiny"]["1"].codebook_size
     shapes = {(row["dimension"], row["size"]) for row, _, _ in rows}
     assert {e for e, size in shapes if size == K} >= {16, d, 2 * d}
     assert {size for e, size in shapes if e == d} >= {512, K, 16384}
     assert {row["start"] for row, _, _ in rows} == {"data", "gaussian"}
-    for _, _, runs in train.strategy_rows(train.parse_args(["--ablate", "strategy"])):
+    for _, _, runs in ablate.strategy_rows(ablate.parse_args(["strategy"])):
         assert sum(changes["steps"] for _, changes in runs) == 400
 
 
 def test_the_rows_of_the_quantizer_ablation_differ_in_the_choice_and_in_nothing_else():
-    rows = list(train.quantizer_rows(train.parse_args(["--ablate", "quantizer"])))
-    by_name = {row["quantizer"]: stages[0][1] for row, _, stages in rows}
-    assert {changes["steps"] for changes in by_name.values()} == {200}
-    assert {changes["codebook_dim"] for changes in by_name.values()} == {64}
-    assert not any("codebook_size" in changes for changes in by_name.values())  # K, the codes of all codebooks
+    args = ablate.parse_args(["quantizer"])
+    rows = list(ablate.quantizer_rows(args))
+    by_name = {row["quantizer"]: asdict(ablate.ablated_settings(args, *stages[0])) for row, _, stages in rows}
+    choices = {"quantizer", "codebooks", "projection", "latent_noise", "codebook_init"}
+    common = [{name: value for name, value in config.items() if name not in choices} for config in by_name.values()]
+    assert all(config == common[0] for config in common)
     assert [by_name[f"mcq {m}"]["codebooks"] for m in (1, 2, 4, 8)] == [1, 2, 4, 8]
+
+
+def test_the_rows_of_the_quantizer_ablation_that_a_claim_rests_on_have_three_seeds():
+    rows = list(ablate.quantizer_rows(ablate.parse_args(["quantizer", "--seed", "5"])))
     for claimed in ("mcq 1", "mcq 8", "rq 8", "mcq 8, attention"):
-        assert sum(row["quantizer"] == claimed for row, _, _ in rows) == 3
-    with pytest.raises(SystemExit, match="--ablate quantizer chooses --codebooks itself"):
-        train.main(["--ablate", "quantizer", "--codebooks", "4"])
+        assert [seed for row, seed, _ in rows if row["quantizer"] == claimed] == [5, 6, 7]
 
 
-@pytest.mark.parametrize("ablation", ["quantizer", "supervision"])
-def test_these_ablations_end_in_a_table_and_a_plot(ablation, short_run, tmp_path, monkeypatch):
-    make_rows, *others = train.ABLATIONS[ablation]
-    monkeypatch.setattr(train, "UNITOK", {**train.UNITOK, "codebooks": 4, "codebook_dim": 12})
-    every = 7 if ablation == "quantizer" else 1
-    monkeypatch.setitem(train.ABLATIONS, ablation, (lambda args: list(make_rows(args))[::every], *others))
-    at = short_run.index("--codebook-dim")
-    train.main(["--ablate", ablation, *short_run[2:at], *short_run[at + 2:]])
+@pytest.mark.parametrize("ablation, every", [("quantizer", 7), ("supervision", 1)])
+def test_an_ablation_of_unitok_ends_in_a_table_and_a_plot(ablation, every, short_run, tmp_path, monkeypatch):
+    make_rows, *others = ablate.ABLATIONS[ablation]
+    monkeypatch.setattr(ablate, "UNITOK", {**ablate.UNITOK, "codebooks": 4, "codebook_dim": 12})
+    monkeypatch.setitem(ablate.ABLATIONS, ablation, (lambda args: list(make_rows(args))[::every], *others))
+    ablate.main([ablation, *without_dimension(short_run)])
     table = (tmp_path / "run/table.md").read_text()
-    rows = train.ABLATIONS[ablation][0](train.parse_args(["--ablate", ablation]))
+    rows = ablate.ABLATIONS[ablation][0](ablate.parse_args([ablation]))
     names = {tuple(row.values()) for row, _, _ in rows}
     assert len(table.splitlines()) == 2 + len(names) and "nan" not in table
     assert (tmp_path / "run/plot.png").exists()
