@@ -66,6 +66,17 @@ def codebook_usage(counts):
     return (counts > 0).double().mean().item(), torch.special.entr(share).sum().exp().item()
 
 
+def usage(model, images, batch_size=64, device="cpu", workers=0):
+    """Utilization, perplexity and tokens of one pass over an ImageSet, and with several codebooks those of each."""
+    counts = count_codes(model, images, batch_size, device, workers)  # (K,)
+    utilization, perplexity = codebook_usage(counts)
+    result = {"utilization": utilization, "perplexity": perplexity, "tokens": int(counts.sum())}
+    if hasattr(model.config, "codebooks"):
+        each = [codebook_usage(part) for part in counts.view(model.config.codebooks, -1)]
+        result["utilization_of_each"], result["perplexity_of_each"] = map(list, zip(*each))
+    return result
+
+
 @torch.no_grad()
 def count_codes(model, images, batch_size=64, device="cpu", workers=0):
     """How often each code is chosen in one pass over an ImageSet, evaluation views -> (K,) int64."""
@@ -114,7 +125,7 @@ def linear_probe(train_features, train_labels, tests, test_labels, groups=None, 
     if splits:
         search = GridSearchCV(probe, {"logisticregression__C": strengths}, cv=splits, refit=False)
         probe.set_params(**search.fit(features, labels).best_params_)
-    probe.set_params(logisticregression__tol=1e-5)  # for choosing a strength, a hundredth of that was enough
+    probe.set_params(logisticregression__tol=1e-5)  # among strengths a looser fit chose alike in half the time
     probe.fit(features, labels)
     return [probe.score(test.float().numpy(), test_labels.numpy()) for test in tests]
 
@@ -356,3 +367,25 @@ def cluster_measures(labels, images, records):
         inside = sum((group - group.mean(0)).pow(2).sum() for group in groups)
         result[f"{key}_explained"] = (1 - inside / (values - values.mean(0)).pow(2).sum()).item()
     return result
+
+
+@torch.no_grad()
+def loss_on_codes(model, captions, codes, batch_size=64):
+    """The mean loss in nats a token of a language model on images as codes (n, N), each behind its whole caption."""
+    total = 0.0
+    for i in range(0, len(codes), batch_size):
+        prompts = [model.prompt(caption) for caption in captions[i:i + batch_size]]
+        total += model.loss(*model.pack(prompts, codes[i:i + batch_size])).item() * len(prompts)
+    return total / len(codes)
+
+
+@torch.no_grad()
+def loss_on_captions(captioner, images, batch_size=64, device="cpu", workers=0):
+    """The mean loss in nats a token of a captioner on the captions of an ImageSet."""
+    total, count = 0.0, 0
+    for batch, places in images.batches(range(len(images)), batch_size, workers, indices=True):
+        captions = [text_of(images.records[place]) for place in places]
+        tokens = sum(len(captioner.tokens(caption)) for caption in captions)
+        total += tokens * captioner.loss(batch.to(device).float() / 255, captions).item()
+        count += tokens
+    return total / count

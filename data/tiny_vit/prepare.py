@@ -356,9 +356,9 @@ def main():
 if __name__ == "__main__":
     main()
 
-# What it printed when the shipped weights were made (2 CPU cores, bf16; the steps took 35 s a hundred when nothing
-# else ran). The run was interrupted and continued three times and shortened on the way, so its cosine was laid out for 10,000
-# steps up to step 2,000, for 8,000 up to step 4,000, and for 5,000 to the end:
+# What it printed when the shipped weights were made (2 CPU cores, bf16; the steps took 35 s a hundred when nothing else
+# ran). The run was interrupted and continued three times and shortened on the way, so its cosine was laid out for
+# 10,000 steps up to step 2,000, for 8,000 up to step 4,000, and for 5,000 to the end:
 #
 #   6446 emoji images of the training split, 6682 clip-art pictures, 211 photos
 #   cached 120832 of 144000 views, 1397 s
