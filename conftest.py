@@ -23,7 +23,12 @@ import train
 import vqrae
 from export import save_encoder
 from presets import FIXED_BY_QWEN3
+from support.run import Run
 from support.text import END_OF_TEXT, START_OF_IMAGE, train_text_tokenizer
+
+# One thread a process, here and in what a test starts: at a test's sizes more of them wait for each other.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 
 settings.register_profile("repeatable", max_examples=20, deadline=None, derandomize=True)
 settings.load_profile("repeatable")
@@ -329,17 +334,19 @@ def without_sizes(ar_run):
 
 
 def make_run(arguments):
+    """A training run that has not begun, and its stage."""
     args = train.parse_args(arguments)
-    return train.make_run(args, train.settings_for(args, args.stage))
+    run = Run(args, train.settings_for(args, args.stage))
+    return run, train.STAGES[args.stage][0](run, run.config)
 
 
-def take_steps(run, count):
+def take_steps(run, stage, count):
     """Train for some steps and return the terms of the loss in each."""
     terms = []
-    for _, batch in zip(range(count), run.batches()):
+    for _, batch in zip(range(count), stage.batches()):
         run.window = {}
-        run.step(batch)
-        terms.append({name: total.item() for name, (total, _) in run.window.items() if total.dim() == 0})
+        stage.step(batch)
+        terms.append({name: total.item() for name, (total, _) in run.window.items()})
     return terms
 
 
@@ -348,35 +355,54 @@ def weights(folder):
     return (folder / "model.safetensors").read_bytes()
 
 
+def log_of(folder):
+    """The lines of a run's metrics.jsonl, without how quick it was."""
+    return [{name: value for name, value in json.loads(line).items() if name != "images_per_second"}
+            for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
 def assert_resume_is_exact(command, tmp_path):
-    """Train once in one go and once with two interruptions; weights and log lines must be the same."""
+    """Train once in one go and once with two interruptions; weights, checkpoint and log lines must be the same."""
     train.main(command)
-    whole = tmp_path / "run"
-    parts = tmp_path / "parts"
-    arguments = command[:-1] + [str(parts)]
+    whole, parts = tmp_path / "run", tmp_path / "parts"
+    arguments = command[:-1] + [str(parts), "--resume"]
 
     class Stopped(Exception):
         pass
 
-    kind = type(make_run(command))
-    steps = kind.step
+    update = Run.update
     for stop_at in (2, 5):  # one before the first checkpoint, one between two checkpoints
-        def step(run, batch):
+        def stop(run):
             if run.done == stop_at:
                 raise Stopped
-            steps(run, batch)
+            update(run)
 
-        kind.step = step
-        try:
-            with pytest.raises(Stopped):
-                train.main(arguments + ["--resume"])
-        finally:
-            kind.step = steps
-    train.main(arguments + ["--resume"])
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
+            patch.setattr(Run, "update", stop)
+            train.main(arguments)
+    train.main(arguments)
     assert weights(parts) == weights(whole)
-    strip = [[{k: v for k, v in json.loads(line).items() if k != "images_per_second"}
-              for line in (folder / "metrics.jsonl").read_text().splitlines()] for folder in (whole, parts)]
-    assert strip[0] == strip[1]
+    assert log_of(parts) == log_of(whole)
+    states = [torch.load(folder / "checkpoint/state.pt", weights_only=True) for folder in (parts, whole)]
+    assert states[0].keys() == states[1].keys()
+    for name in states[0].keys() - {"seconds", "lines"}:  # how quick it was
+        assert_same(states[0][name], states[1][name], name)
+
+
+def assert_same(one, other, name):
+    """Two trees of dicts and lists with equal tensors and values in them."""
+    if isinstance(one, torch.Tensor):
+        assert torch.equal(one, other), name
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys(), name
+        for key in one:
+            assert_same(one[key], other[key], f"{name} {key}")
+    elif isinstance(one, (list, tuple)):
+        assert len(one) == len(other), name
+        for a, b in zip(one, other):
+            assert_same(a, b, name)
+    else:
+        assert one == other, name
 
 
 def command(*arguments):
@@ -385,6 +411,7 @@ def command(*arguments):
 
 
 def torchrun(*arguments, ranks=2):
+    """Run a script in the root as several processes, and wait for them."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     return subprocess.run(command + [str(argument) for argument in arguments], cwd=ROOT, capture_output=True, text=True,
-                          timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"})
+                          timeout=240)

@@ -15,7 +15,6 @@ curves.png, reconstructions.png or samples.png, and checkpoint/ (what --resume n
 
 import argparse
 import copy
-import hashlib
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -26,13 +25,13 @@ import vqrae
 from presets import FIXED_BY_QWEN3, FIXED_BY_STAGE_1, PRESETS, SAMPLING, CaptionConfig, GenerationConfig, TrainingConfig
 from support.benchmark import benchmark
 from support.codes import image_codes, tokens_and_patches
-from support.files import InputError
+from support.files import InputError, digest
 from support.images import TrainingOrder, resize_to
-from support.metrics import caption_accuracy, codebook_usage, count_codes, evaluate, psnr
+from support.metrics import caption_accuracy, evaluate, loss_on_captions, loss_on_codes, psnr, usage
 from support.muon import Muon
 from support.pictures import save_side_by_side
 from support.run import Run, Stage, one_sentence_errors, process_group
-from support.settings import ShortHelp, add_run_flags, add_settings, flag, flags_of, refuse_dashes
+from support.settings import ShortHelp, add_run_flags, add_settings, flag, flags_of, refuse_dashes, value_in
 from support.text import caption_of, misread, recolour, text_of, train_text_tokenizer
 from unitok import (StageOneConfig, fit_reading, further_figures, load_tokenizer, new_tokenizer, stage_one_config,
                     with_depth)
@@ -103,7 +102,7 @@ def stage_2(run, config):
     model = load_tokenizer(init)
     for name in FIXED_BY_STAGE_1:
         setattr(config, name, getattr(model.config, name, None))
-    run.fixed["model of --init (SHA-256)"] = hashlib.sha256((init / "model.safetensors").read_bytes()).hexdigest()
+    run.fixed["model of --init (SHA-256)"] = digest((init / "model.safetensors").read_bytes())
     _, val_images = run.read_images(config.image_size)
     return train_everything(run, config, model, val_images, before=init)
 
@@ -191,19 +190,17 @@ def note_reconstruction(run, model, images, out):
 def tokenizer_stage(run, config, teacher, val_images, step, start=lambda: None, before=None):
     """A Stage whose figures are those of reconstruction; `before` is the folder of a model to draw beside the run's."""
     model, where = run.average, (64, run.device, run.workers)
-    run.fixed["encoder"] = json.loads(json.dumps(asdict(model.config.encoder)))
+    run.fixed["encoder"] = asdict(model.config.encoder)
     tokens = (config.image_size // model.config.encoder.patch_size) ** 2
 
     def figures():
         return {f"val_{name}": value for name, value in evaluate(model, val_images, *where).items()}
 
     def summarise():
-        summary, counts = figures(), None
+        summary = figures()
         if config.quantizer != "none":
-            counts = count_codes(model, run.train_images, *where)
-            summary["train_utilization"], summary["train_perplexity"] = codebook_usage(counts)
-            summary["train_tokens"] = int(counts.sum())
-        return summary | further_figures(model, config, counts, tokens, run.train_images, val_images, *where)
+            summary |= {f"train_{name}": value for name, value in usage(model, run.train_images, *where).items()}
+        return summary | further_figures(model, config, tokens, run.train_images, val_images, *where)
 
     @torch.no_grad()
     def draw():
@@ -231,8 +228,8 @@ def stage_ar(run, config):
     tokens = codes["train"].shape[1]
     model = with_depth(language_model(config, captions["train"], tokenizer.config.codebook_size, tokens), tokenizer)
     model.to(run.device)
-    run.fixed.update({"codes of the images (SHA-256)": digest(*(some.numpy().tobytes() for some in codes.values())),
-                      "text tokenizer (SHA-256)": digest(model.text.to_str().encode())})
+    run.fixed["codes of the images (SHA-256)"] = digest(*codes.values())
+    run.fixed["text tokenizer (SHA-256)"] = digest(model.text.to_str().encode())
     run.train(model, make_optimizers(model, config, config.learning_rate, run.bf16))
     forward = run.compiled(model.loss)
 
@@ -259,20 +256,15 @@ def stage_ar(run, config):
         run.update()
 
     def figures():
+        draw_samples(run, tokenizer, codes, captions)
         return {"val_loss": loss_on_codes(run.average, captions["val"], codes["val"])}
-
-    def draw():
-        return draw_samples(run, tokenizer, codes, captions)
-
-    def figures_and_picture():
-        draw()
-        return figures()
 
     def export():  # with a copy of the tokenizer, for codes mean nothing without it
         run.average.save_pretrained(run.args.out)
         tokenizer.save_pretrained(run.args.out / "vqrae")
 
-    return Stage(step, batches, figures_and_picture, figures, draw, export, tokens)
+    picture = "samples.png (the tokenizer's left, written right; three rows of training, three of held-out captions)"
+    return Stage(step, batches, figures, figures, lambda: picture, export, tokens)
 
 
 def codes_and_records(run, config, tokenizer):
@@ -291,16 +283,6 @@ def codes_and_records(run, config, tokenizer):
 
 
 @torch.no_grad()
-def loss_on_codes(model, captions, codes, batch_size=64):
-    """The mean loss of a VisualLM on images as codes, all captions in full."""
-    total = 0.0
-    for i in range(0, len(codes), batch_size):
-        prompts = [model.prompt(caption) for caption in captions[i:i + batch_size]]
-        total += model.loss(*model.pack(prompts, codes[i:i + batch_size])).item() * len(prompts)
-    return total / len(codes)
-
-
-@torch.no_grad()
 def draw_samples(run, tokenizer, codes, captions):
     """Pairs of the tokenizer's reconstruction and what is written from its caption: training, then held out."""
     pairs = []
@@ -310,7 +292,6 @@ def draw_samples(run, tokenizer, codes, captions):
         drawn = run.average.generate([captions[split][i] for i in chosen], **SAMPLING)
         pairs += zip(*(tokenizer.decode(each.to(run.device)) for each in (some[chosen], drawn)))
     save_side_by_side(list(zip(*pairs)), run.args.out / "samples.png", columns=7, side=64)
-    return "samples.png (the tokenizer's left, written right; three rows of training, three of held-out captions)"
 
 
 def stage_caption(run, config):
@@ -327,19 +308,15 @@ def stage_caption(run, config):
     model = vqrae.Captioner(vqrae.CaptionerConfig(encoder.config, config.image_size, lm.config), lm.text)
     model.encoder, model.lm = encoder.requires_grad_(False), lm
     model.to(run.device)
-    weights = [tensor.cpu().contiguous().numpy().tobytes() for _, tensor in sorted(encoder.state_dict().items())]
-    run.fixed.update({"encoder (SHA-256)": digest(*weights),
-                      "text tokenizer (SHA-256)": digest(lm.text.to_str().encode())})
+    run.fixed["encoder (SHA-256)"] = digest(*encoder.state_dict().values())
+    run.fixed["text tokenizer (SHA-256)"] = digest(lm.text.to_str().encode())
     run.train(model, make_optimizers(model, config, config.learning_rate, run.bf16))
     forward = run.compiled(model.loss)
 
-    def captions_of(images, places):  # and how many tokens each has: the loss is a mean over tokens
-        captions = [text_of(images.records[place]) for place in places]
-        return captions, [len(model.tokens(caption)) for caption in captions]
-
     def step(batch):
         batch, places = batch
-        captions, tokens = captions_of(train_images, places)
+        captions = [text_of(train_images.records[place]) for place in places]
+        tokens = [len(model.tokens(caption)) for caption in captions]
         usual = torch.tensor(sum(tokens) / len(tokens), dtype=torch.float64,
                              device=run.device if run.ranks > 1 else "cpu")
         run.over_ranks([usual])
@@ -351,18 +328,12 @@ def stage_caption(run, config):
             run.backward(loss * (sum(tokens[part]) / len(tokens[part]) / usual.item()))
         run.update()
 
-    @torch.no_grad()
     def figures():
-        total, count = 0.0, 0
-        for batch, places in val_images.batches(range(len(val_images)), 64, run.workers, indices=True):
-            captions, tokens = captions_of(val_images, places)
-            loss = run.average.loss(batch.to(run.device).float() / 255, captions)
-            total, count = total + sum(tokens) * loss.item(), count + sum(tokens)
-        return {"val_loss": total / count}
+        return {"val_loss": loss_on_captions(run.average, val_images, 64, run.device, run.workers)}
 
     def summarise():
         right = caption_accuracy(run.average, val_images, 64, run.device, run.workers)
-        return {**figures(), **{f"val_{name}": share for name, share in right.items()}}
+        return figures() | {f"val_{name}": share for name, share in right.items()}
 
     return Stage(step, lambda: run.batches(with_places=True), figures, summarise,
                  draw=lambda: None,  # `sample.py caption` shows what it writes
@@ -377,19 +348,10 @@ def language_model(config, texts, codebook_size=0, image_tokens=0):
         if model.text is None:
             raise InputError(f"{config.qwen3} has no tokenizer.json, so it cannot read captions")
         return model
-    if config.heads % config.kv_heads or config.head_width % 2:
-        raise InputError(f"--heads {config.heads} must be a multiple of --kv-heads {config.kv_heads}, and --head-width "
-                         f"{config.head_width} even")
     text = train_text_tokenizer(texts, config.text_vocabulary)
     return vqrae.VisualLM(vqrae.LMConfig(
-        text_vocabulary=text.get_vocab_size(), codebook_size=codebook_size, image_tokens=image_tokens,
-        width=config.width, depth=config.depth, heads=config.heads, kv_heads=config.kv_heads,
-        head_width=config.head_width, mlp_width=config.mlp_width), text)
-
-
-def digest(*pieces):
-    """SHA-256 of some bytes, as text."""
-    return hashlib.sha256(b"".join(pieces)).hexdigest()
+        text.get_vocab_size(), codebook_size, config.width, config.depth, config.heads, config.kv_heads,
+        config.head_width, config.mlp_width, image_tokens), text)
 
 
 STAGES = {"1": (stage_1, StageOneConfig), "2": (stage_2, TrainingConfig), "ar": (stage_ar, GenerationConfig),
@@ -399,9 +361,7 @@ SETTINGS = flags_of(TrainingConfig, CaptionConfig, GenerationConfig, StageOneCon
 
 def parse_args(argv=None):
     """The arguments; --help shows what the stage that is named has."""
-    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    early.add_argument("--stage", nargs="?")
-    stage = early.parse_known_args(argv)[0].stage
+    stage = value_in(argv, "--stage")
     own = flags_of(STAGES[stage][1]) if stage in STAGES else {}
     if stage == "2":
         own = {name: field for name, field in own.items() if name not in FIXED_BY_STAGE_1}

@@ -18,7 +18,6 @@ from torch import nn
 import vqrae
 from presets import TrainingConfig
 from support.files import InputError, check_fields, load_model, read_json
-from support.metrics import codebook_usage
 from support.settings import setting
 from support.text import caption_of, load_text_tokenizer, train_text_tokenizer
 
@@ -664,20 +663,13 @@ def fit_reading(model, images, *where):
         model.fit_reading(images, *where)
 
 
-def further_figures(model, config, counts, tokens, train_images, val_images, *where):
-    """The last figures of a run that only a UniTok has: of each codebook, by the `counts` (K,) of all, and of captions.
-
-    tokens: how many an image has; where: batch size, device and workers.
-    """
+def further_figures(model, config, tokens, train_images, val_images, *where):
+    """The last figures of a run that only a UniTok has; `tokens` of an image; `where`: batch size, device, workers."""
     figures = {}
-    if isinstance(model, UniTok):
-        if counts is not None:
-            each = [codebook_usage(part) for part in counts.view(model.config.codebooks, -1)]
-            figures["train_utilization_of_each"], figures["train_perplexity_of_each"] = map(list, zip(*each))
-        if model.config.quantizer != "none":
-            figures["bits_per_image"] = model.bits_per_image(tokens)
-        if getattr(config, "contrastive", "none") != "none":
-            figures["val_zero_shot"] = zero_shot(model, train_images.records, val_images, *where)
+    if isinstance(model, UniTok) and model.config.quantizer != "none":
+        figures["bits_per_image"] = model.bits_per_image(tokens)
+    if getattr(config, "contrastive", "none") != "none":
+        figures["val_zero_shot"] = zero_shot(model, train_images.records, val_images, *where)
     return figures
 
 

@@ -785,8 +785,8 @@ class LMConfig:
     def __post_init__(self):
         check_fields(self, ("text_vocabulary", "width", "depth", "heads", "kv_heads", "head_width", "mlp_width"))
         if self.heads % self.kv_heads or self.head_width % 2:
-            raise InputError(f"heads {self.heads} must be a multiple of kv_heads {self.kv_heads}, and head_width "
-                             f"{self.head_width} even")
+            raise InputError(f"heads (--heads) {self.heads} must be a multiple of kv_heads {self.kv_heads}, and "
+                             f"head_width {self.head_width} even")
 
 
 class RMSNorm(nn.Module):

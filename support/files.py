@@ -1,7 +1,7 @@
 """Files: read with care, written in one step, and models in folders that hold config.json and model.safetensors."""
 
+import hashlib
 import json
-import os
 from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -38,6 +38,14 @@ def replace_text(path, text):
     """Write a file in one step: whoever reads it, whenever the power fails, meets the old text or the new one."""
     with replacing(path) as part:
         part.write_text(text)
+
+
+def digest(*pieces):
+    """SHA-256 of tensors and bytes, one behind the other, as text."""
+    found = hashlib.sha256()
+    for piece in pieces:
+        found.update(piece.cpu().contiguous().numpy().tobytes() if isinstance(piece, torch.Tensor) else piece)
+    return found.hexdigest()
 
 
 def check_fields(config, at_least_1=()):

@@ -39,7 +39,7 @@ def product_of(module, weight):
 
 @contextmanager
 def quick_products(model, head):
-    """Inside, a model's Linears without bias multiply by `few_rows`; yields the product with a further weight, `head`."""
+    """Inside, a model's Linears without bias multiply by `few_rows`; yields the product with a further weight."""
     layers = [module for module in model.modules() if isinstance(module, nn.Linear) and module.bias is None]
     try:
         for layer in layers:

@@ -37,6 +37,13 @@ def number(kind, zero=False, most=math.inf):
     return parse  # argparse says: invalid positive int value: '0'
 
 
+def value_in(argv, name):
+    """What a flag is given on the command line, before anything else is known of that; None if it is not there."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument(name, nargs="?", dest="value")
+    return parser.parse_known_args(argv)[0].value
+
+
 class ShortHelp(argparse.RawDescriptionHelpFormatter):
     """Help in which most flags take one line."""
 
