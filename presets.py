@@ -36,6 +36,8 @@ class TrainingConfig(CommonConfig):
 
     encoder: str = setting("model", "vision encoder: a folder in the hub's layout, a hub id, or a folder of a VQRAE")
     image_size: int = setting("images", "side of the training images in pixels", most=16384)
+    features: str = setting("model", "Z_I, behind the encoder's last norm or before it, where LLaVA reads",
+                            choices=["behind_norm", "before_norm"])
     output_patch_size: int | None = setting("model", "q, side of a token's output (default: p)", most=1024)
     quantizer: str = setting("model", "simvq: the paper's; vq: plain; none: continuous", choices=list(QUANTIZERS))
     codebook_size: int = setting("model", "number of codes, K")
@@ -94,13 +96,14 @@ class CaptionConfig(LanguageConfig):
 # Settings that a Qwen3 checkpoint brings with it, and settings that stage 2 takes over from the model of stage 1.
 FIXED_BY_QWEN3 = ("text_vocabulary", "width", "depth", "heads", "kv_heads", "head_width", "mlp_width")
 
-FIXED_BY_STAGE_1 = ("encoder", "image_size", "output_patch_size", "quantizer", "codebook_size", "codebook_dim",
-                    "beta_side", "codebook_init", "start_tokens", "projection_init")
+FIXED_BY_STAGE_1 = ("encoder", "image_size", "features", "output_patch_size", "quantizer", "codebook_size",
+                    "codebook_dim", "beta_side", "codebook_init", "start_tokens", "projection_init")
 
 TINY = TrainingConfig(
     data=str(ROOT / "data/emoji"),
     encoder=str(ROOT / "data/tiny_vit"),
     image_size=64,
+    features="behind_norm",
     output_patch_size=None,
     quantizer="simvq",
     codebook_size=4096,
@@ -169,7 +172,8 @@ PAPER_2 = replace(
 
 SIGLIP2_512 = {"encoder": "google/siglip2-so400m-patch16-512", "image_size": 512}
 
-INTERNVIT = {"encoder": "OpenGVLab/InternViT-300M-448px", "image_size": 448, "batch_size": 768}
+# The ViT inside InternVL3, not the one that is alone: only that one can be put back without training.
+INTERNVIT = {"encoder": "OpenGVLab/InternVL3-8B-hf", "image_size": 448, "batch_size": 768}
 
 DINOV2_S = {"encoder": "facebook/dinov2-small", "image_size": 224, "codebook_dim": 512}
 

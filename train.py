@@ -27,14 +27,13 @@ from support.benchmark import benchmark
 from support.codes import image_codes, tokens_and_patches
 from support.files import InputError, digest
 from support.images import TrainingOrder, resize_to
-from support.metrics import caption_accuracy, evaluate, loss_on_captions, loss_on_codes, psnr, usage
+from support.metrics import caption_accuracy, evaluate, fit_reading, loss_on_captions, loss_on_codes, psnr, usage
 from support.muon import Muon
 from support.pictures import save_side_by_side
 from support.run import Run, Stage, one_sentence_errors, process_group
 from support.settings import ShortHelp, add_run_flags, add_settings, flag, flags_of, refuse_dashes, value_in
 from support.text import caption_of, misread, recolour, text_of, train_text_tokenizer
-from unitok import (StageOneConfig, fit_reading, further_figures, load_tokenizer, new_tokenizer, stage_one_config,
-                    with_depth)
+from unitok import StageOneConfig, further_figures, load_tokenizer, new_tokenizer, stage_one_config, with_depth
 
 
 def make_optimizers(module, config, learning_rate, bf16):

@@ -60,6 +60,10 @@ class MultiCodebook(nn.Module):
         self.parts = nn.ModuleList([single(codebook_size // codebooks, dim // codebooks, beta, beta_side)
                                     for _ in range(codebooks)])
 
+    def sizes(self):
+        """S and M, as in VectorQuantizer."""
+        return len(self.parts[0].codebook), len(self.parts)
+
     def lookup(self, indices):
         """Effective codes (..., e) of indices (..., M)."""
         return torch.cat([part.lookup(i) for part, i in zip(self.parts, indices.unbind(-1))], dim=-1)
@@ -111,6 +115,10 @@ class ResidualVQ(nn.Module):
                              "another --codebooks or --codebook-size")
         self.parts = nn.ModuleList([ResidualPart(codebook_size // codebooks, dim, beta, beta_side)
                                     for _ in range(codebooks)])
+
+    def sizes(self):
+        """S and M, as in VectorQuantizer."""
+        return len(self.parts[0].codebook), len(self.parts)
 
     def lookup(self, indices):
         """Effective codes (..., e), the sums of the codes that indices (..., M) name."""
@@ -345,8 +353,6 @@ class UniTok(vqrae.VQRAE):
                               vqrae.QUANTIZERS[config.quantizer](*sizes))
         if config.projection == "attention":
             self.project_in, self.project_out = AttentionProjection(d, e), AttentionProjection(e, d)
-        # Fitted once training is over: what least squares reads of the features from a code vector and a 1 behind it.
-        self.register_buffer("reading", torch.zeros(e + 1, d))
         self.tower = None
         if config.text is not None:
             self.tower, self.image_head = TextTower(config.text, d, text), nn.Linear(d, d)
@@ -392,25 +398,6 @@ class UniTok(vqrae.VQRAE):
         with torch.autocast(z_q.device.type, enabled=False):
             return contrastive_loss(images.float(), texts.float(), self.log_scale.exp(), self.bias, form)
 
-    def features_of(self, z):
-        """What least squares reads of the features (B, N, d) from codes (B, N, e); zeros before `fit_reading`."""
-        return F.pad(z, (0, 1), value=1.0) @ self.reading
-
-    @torch.no_grad()
-    def fit_reading(self, images, batch_size=64, device="cpu", workers=0):
-        """Fit `features_of` to the tokens of an ImageSet.
-
-        VQRAE goes back through its linear way in. There is no way back through attention or from a unit sphere, and
-        measured so, all quantizers are measured alike.
-        """
-        squares = products = 0
-        for x in images.views(batch_size, device, workers):
-            out = self(x)
-            codes = F.pad(out.z_q, (0, 1), value=1.0).flatten(0, 1).cpu().double()  # (B * N, e + 1)
-            squares = squares + codes.T @ codes  # (e + 1, e + 1)
-            products = products + codes.T @ out.features.flatten(0, 1).cpu().double()  # (e + 1, d)
-        self.reading.copy_((torch.linalg.pinv(squares, hermitian=True, rtol=1e-9) @ products).float())
-
     def bits_per_image(self, tokens):
         """What an image of so many tokens is told by: log2 of the number of different token sequences."""
         codes = torch.tensor(self.config.codebook_size // self.config.codebooks, dtype=torch.float64)
@@ -439,7 +426,7 @@ class UniTok(vqrae.VQRAE):
         maker = "--stage 1 --quantizer mcq makes one"
         model = load_model(folder, "UniTok", maker, lambda saved: cls(UniTokConfig(**{
             **saved, "encoder": vqrae.ViTConfig(**saved["encoder"]),
-            "text": saved["text"] and vqrae.LMConfig(**saved["text"])})))
+            "text": saved["text"] and vqrae.LMConfig(**saved["text"])})), optional=["reading"])
         if model.tower is not None:
             path = Path(folder) / "tokenizer.json"
             model.tower.lm.text = load_text_tokenizer(path, model.config.text.text_vocabulary)
@@ -615,7 +602,7 @@ TOWER = vqrae.LMConfig(text_vocabulary=1024, codebook_size=0, width=128, depth=2
 
 
 def stage_one_config(config, given, always=False):
-    """A preset's TrainingConfig; a StageOneConfig when the flags `given` ask for what only a UniTok has, or `always`."""
+    """A preset's TrainingConfig; or a StageOneConfig when flags `given` ask for what only a UniTok has, or `always`."""
     asked = given.get("quantizer") in QUANTIZERS or DEFAULTS.keys() & given.keys()
     return StageOneConfig(**asdict(config), **DEFAULTS) if asked or always else config
 
@@ -627,6 +614,8 @@ def new_tokenizer(config, images):
     together.
     """
     encoder = vqrae.load_encoder(config.encoder)
+    if config.features == "before_norm" and encoder.config.final_norm == "tokens":
+        encoder.config = replace(encoder.config, final_norm="class")  # it stays, for who reads behind it
     p = encoder.config.patch_size
     q = config.output_patch_size or p
     if config.image_size % p or config.image_size < 2 * p:
@@ -655,12 +644,6 @@ def text_tower(config, images):
         raise InputError(f"--contrastive needs captions: put the images in {config.data} into one folder per class")
     text = train_text_tokenizer(texts, TOWER.text_vocabulary)
     return replace(TOWER, text_vocabulary=text.get_vocab_size()), text
-
-
-def fit_reading(model, images, *where):
-    """Before a trained model is saved: what can be read of features from its codes."""
-    if isinstance(model, UniTok):
-        model.fit_reading(images, *where)
 
 
 def further_figures(model, config, tokens, train_images, val_images, *where):

@@ -24,12 +24,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from support.checks import (check_codes, check_fields_of_hub, check_images, check_sampling, list_of_texts,
+                            pixel_statistics, rows_and_columns, square_side)
 from support.files import (InputError, check_fields, check_weights, hub_folder, load_model, read_checkpoint,
                            read_config, save_model)
 from support.images import resize_to
 from support.metrics import codebook_usage, psnr  # noqa: F401  for whoever uses this file as a library
 from support.quick import quick_products
-from support.text import END_OF_TEXT, START_OF_IMAGE, load_text_tokenizer
+from support.text import END_OF_TEXT, START_OF_IMAGE, load_text_tokenizer, tokens_of
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -55,7 +57,8 @@ class ViTConfig:
     registers: int = 0  # further tokens without a position
     patch_bias: bool = True
     pre_norm: bool = False  # CLIP's: one more norm, before the first block
-    final_norm: str = "tokens"  # which tokens the last norm is for: all "tokens", the "class" token alone, or "none"
+    # Which tokens the last norm is for: all "tokens", the "class" token alone (Z_I is before it), or "none".
+    final_norm: str = "tokens"
     antialias: bool = False  # when positions are resized
     mean: tuple = (0.485, 0.456, 0.406)  # ImageNet's, which DINOv2 was trained with
     std: tuple = (0.229, 0.224, 0.225)
@@ -185,14 +188,17 @@ class Encoder(nn.Module):
     def hidden_states(self, images):
         """Yield all tokens, class token and registers first, as they are after each block, before the last norm.
 
-        Each is (B, [1 +] registers + N, d). Raises InputError when the image's sides are not multiples of the patch
-        size.
+        Each is (B, [1 +] registers + N, d). Raises InputError for what is no images, or when their sides are not
+        multiples of the patch size.
         """
         p = self.config.patch_size
+        if images.dim() != 4 or images.shape[1] != 3 or not images.is_floating_point():
+            check_images(images)
         height, width = images.shape[-2:]
         if height % p or width % p:
             raise InputError(f"images of {height} x {width} pixels do not divide into patches of {p}")
-        x = self.patch_embed((images - self.mean) / self.std)  # (B, d, H/p, W/p)
+        images = (images - self.mean) / self.std
+        x = self.patch_embed(images.to(self.patch_embed.weight.dtype))  # (B, d, H/p, W/p)
         positions = self.positions_for(*x.shape[-2:])  # (1, [1 +] N, d)
         x = x.flatten(2).transpose(1, 2)  # (B, N, d)
         if self.config.class_token:  # x.shape[0], for len(x) would fix an exported graph's size of batch
@@ -221,8 +227,8 @@ class Encoder(nn.Module):
 class VectorQuantizer(nn.Module):
     """Plain vector quantization (van den Oord et al. 2017): every code is a free parameter.
 
-    Only the codes that some token chose receive a gradient. A code that no token chooses never moves again while the
-    features go on moving away from it: that is how codebooks collapse.
+    Only the codes that some token chose receive a gradient. A code that no token chooses any more coasts on AdamW's
+    momentum and decay, and features go on moving away from it: that is how codebooks collapse.
     """
 
     def __init__(self, codebook_size, dim, beta=0.25, beta_side="commitment"):
@@ -250,7 +256,7 @@ class VectorQuantizer(nn.Module):
         best = z.new_full((len(z),), torch.inf)
         indices = torch.zeros(len(z), dtype=torch.int64, device=z.device)
         for first in range(0, len(self.codebook), code_chunk):
-            codes = self.project(self.codebook[first:first + code_chunk])  # (chunk, e)
+            codes = self.project(self.codebook[first:first + code_chunk]).to(z.dtype)  # (chunk, e)
             squared_norms = codes.pow(2).sum(1)  # (chunk,)
             for begin in range(0, len(z), token_chunk):
                 part = slice(begin, begin + token_chunk)
@@ -259,6 +265,10 @@ class VectorQuantizer(nn.Module):
                 best[part] = torch.where(closer, distance, best[part])
                 indices[part] = torch.where(closer, first + nearest, indices[part])
         return indices
+
+    def sizes(self):
+        """How many codes an index tells apart, and how many codebooks have one at every place (0: the one has it)."""
+        return len(self.codebook), 0
 
     def start(self, z, generator):
         """Let the codes start from projected training tokens z (n, e)."""
@@ -275,7 +285,7 @@ class VectorQuantizer(nn.Module):
         with torch.autocast(z.device.type, enabled=False):  # distances in bf16 would pick wrong neighbours
             z = z.float()
             indices = self.search(z.detach().flatten(0, -2)).view(z.shape[:-1])  # (...)
-            q = self.lookup(indices)  # (..., e)
+            q = self.lookup(indices).float()  # (..., e)
             codebook_loss = F.mse_loss(q, z.detach())
             commitment_loss = F.mse_loss(z, q.detach())
             if self.beta_side == "commitment":
@@ -338,12 +348,16 @@ def start_codebook(quantizer, z, steps=6, generator=None):
         distance = (z - quantizer.codebook[indices]).norm(dim=1)  # (n,)
         sums = torch.zeros_like(quantizer.codebook).index_add_(0, indices, z)  # (K, e)
         centres = sums / counts.clamp(min=1)[:, None]  # (K, e)
-        # Half of the tokens of our emoji are one and the same blank background. Many codes are drawn from its copies,
-        # and all but one of them get no token. A code that serves a single odd token is lost once features move. So
-        # codes with little to do start again at badly served tokens, drawn in proportion to their distance.
+        # A quarter of the tokens of our emoji are plain, most of these blank background, one like the other. Many codes
+        # are drawn from its copies, and all but one of them get no token. A code that serves a single odd token is lost
+        # once features move. So codes with little to do start again at badly served tokens, drawn in proportion to
+        # their distance: the largest of weight / exponential, which is torch.multinomial's way without its limit of
+        # 2^24 tokens.
         weak = counts < few
         if weak.any():
-            chosen = torch.multinomial(distance.cpu().double() + 1e-12, int(weak.sum()), generator=generator)
+            weight = distance.cpu().double() + 1e-12
+            luck = torch.empty_like(weight).exponential_(generator=generator)
+            chosen = (weight / luck).topk(int(weak.sum())).indices
             centres[weak] = z[chosen.to(z.device)]
         quantizer.codebook.copy_(centres)
 
@@ -379,6 +393,7 @@ class Decoder(nn.Module):
         self.head = nn.Linear(config.width, 3 * patch_size**2)
 
     def forward(self, x, rows, columns):
+        x = x.to(self.norm.weight.dtype)  # also under autocast: a stream in bf16 would round after every block
         x = x + sincos_positions(rows, columns, self.width).to(x)  # (B, N, d)
         for block in self.blocks:
             x = block(x)  # (B, N, d)
@@ -441,6 +456,8 @@ class VQRAE(nn.Module):
         # distance. `start` sets both; until then they change nothing.
         self.register_buffer("feature_mean", torch.zeros(d))
         self.register_buffer("feature_std", torch.ones(d))
+        # Fitted once training is over: what least squares reads of the features from a code vector and a 1 behind it.
+        self.register_buffer("reading", torch.zeros(e + 1, d))
         self.project_in = nn.Linear(d, e)
         self.quantizer = QUANTIZERS[config.quantizer](config.codebook_size, e, config.beta, config.beta_side)
         self.project_out = nn.Linear(e, d)
@@ -457,16 +474,21 @@ class VQRAE(nn.Module):
     def project_features(self, features):
         """Features Z_I (B, N, d) -> Z^_c (B, N, e), in fp32: rounded to bf16, z would choose other codes."""
         with torch.autocast(features.device.type, enabled=False):
-            return self.project_in(self.standardise(features.float()))
+            standardised = self.standardise(features.float())
+            return self.project_in(standardised.to(self.project_in.weight.dtype)).float()
 
     def count(self, indices):
         """How often each of the K codes is among indices -> (K,) int64."""
         return torch.bincount(indices.flatten(), minlength=self.config.codebook_size)
 
-    def features_of(self, z):
-        """The features (B, N, d) that project to z (B, N, e), by least squares: codes in the encoder's own terms."""
-        inverse = torch.linalg.pinv(self.project_in.weight)  # (d, e)
-        return (z - self.project_in.bias) @ inverse.T * self.feature_std + self.feature_mean
+    def features_of(self, z_q):
+        """What least squares reads of the features (B, N, d) from codes (B, N, e), for the understanding of tokens.
+
+        Raises InputError for a model saved before its reading was fitted.
+        """
+        if not self.reading.any():
+            raise InputError("this model has no reading of features from its codes: it was saved without `fit_reading`")
+        return F.pad(z_q, (0, 1), value=1.0) @ self.reading
 
     def grid(self, images):
         """Rows and columns of tokens of images (B, 3, H, W)."""
@@ -482,19 +504,28 @@ class VQRAE(nn.Module):
 
     @torch.no_grad()
     def encode(self, images):
-        """Images (B, 3, H, W) in [0, 1] -> features (B, N, d), codes (B, N) int64 (None without a codebook)."""
+        """Images (B, 3, H, W) in [0, 1] -> features (B, N, d), codes (B, N) int64 (None without a codebook).
+
+        Raises InputError for what is no such images.
+        """
+        check_images(images)
         features = self.encoder(images)  # (B, N, d)
         _, indices, _, _ = self.quantizer(self.project_features(features))  # (B, N)
         return features, indices
 
     @torch.no_grad()
     def decode(self, indices, rows=None):
-        """Codes (B, N) -> images (B, 3, rows*q, N/rows*q) in [0, 1]; without `rows`, N is taken to be of a square."""
-        rows = rows or math.isqrt(indices.shape[1])
-        if isinstance(self.quantizer, NoQuantizer) or indices.shape[1] % rows:
-            raise InputError(f"{indices.shape[1]} codes do not fill {rows} rows, or the model has no codebook")
-        bottleneck = self.project_out(self.quantizer.lookup(indices))  # (B, N, d)
-        return self.decoder(bottleneck, rows, indices.shape[1] // rows).clamp(0, 1)
+        """Codes (B, N) of any integer type -> images (B, 3, rows*q, N/rows*q) in [0, 1].
+
+        Without `rows`, N codes are those of a square image. Raises InputError for what cannot be decoded.
+        """
+        if isinstance(self.quantizer, NoQuantizer):
+            raise InputError("this model has no codebook, so there are no codes to decode")
+        check_codes(indices, *self.quantizer.sizes())
+        rows, columns = rows_and_columns(indices.shape[1], rows)
+        z_q = self.quantizer.lookup(indices.long())  # (B, N, e)
+        bottleneck = self.project_out(z_q.to(self.project_out.weight.dtype))  # (B, N, d)
+        return self.decoder(bottleneck, rows, columns).float().clamp(0, 1)
 
     @torch.no_grad()
     def start(self, features, patches, codebook_init="data", projection_init="pixels", generator=None):
@@ -532,7 +563,8 @@ class VQRAE(nn.Module):
         d, e = features.shape[1], self.config.codebook_dim
         ridge = 1e-3 * len(features) * torch.eye(d)
         told = torch.linalg.solve(features.T @ features + ridge, features.T @ (patches - patches.mean(0)))  # (d, 3*p*p)
-        told = told * (d / (features @ told).pow(2).sum(1).mean()).sqrt()  # as much variance as the features have
+        variance = (features @ told).pow(2).sum(1).mean().clamp(min=1e-12)  # 0 where all images are alike
+        told = told * (d / variance).sqrt()  # as much variance as the features have
         both = torch.cat([torch.eye(d), told.T]) / math.sqrt(2)  # (d + 3*p*p, d)
         _, scale, directions = torch.linalg.svd(both, full_matrices=False)  # (d,), (d, d)
         rank = min(d, e)  # with fewer dimensions than the encoder's, the weightiest directions stay
@@ -557,7 +589,7 @@ class VQRAE(nn.Module):
         """Load what `save_pretrained` wrote, in eval mode; InputError says what is missing or damaged."""
         maker = "--stage 1 makes one, and --stage 2 a better one"
         return load_model(folder, "VQRAE", maker, lambda saved: cls(
-            VQRAEConfig(**{**saved, "encoder": ViTConfig(**saved["encoder"])})))
+            VQRAEConfig(**{**saved, "encoder": ViTConfig(**saved["encoder"])})), optional=["reading"])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -779,6 +811,7 @@ class LMConfig:
     head_width: int
     mlp_width: int
     image_tokens: int = 0  # N, the codes of a whole image
+    max_tokens: int = 1536  # of text and image together (Table 9)
     rope_theta: float = 1e6
     norm_eps: float = 1e-6
 
@@ -875,7 +908,8 @@ def choose(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
         return logits.argmax(1)
     logits = logits / temperature
     if 0 < top_k < logits.shape[1]:
-        logits = logits.masked_fill(logits < logits.topk(top_k, dim=1).values[:, -1:], -torch.inf)
+        kept = logits.topk(top_k, dim=1)  # by place, not by value: of equally likely codes no more than asked
+        logits = torch.full_like(logits, -torch.inf).scatter(1, kept.indices, kept.values)
     if top_p < 1:
         ordered, order = logits.softmax(1).sort(dim=1, descending=True)
         drop = ordered.cumsum(1) - ordered >= top_p  # what stands before it is enough already
@@ -941,8 +975,12 @@ class VisualLM(nn.Module):
         return F.cross_entropy((x[visual] @ self.embedding.weight.T).float(), targets[visual])
 
     def prompt(self, caption):
-        """The tokens that an image's codes follow: those of its caption, "" for none, and the start of the image."""
-        return self.text.encode(caption, add_special_tokens=False).ids + [self.text.token_to_id(START_OF_IMAGE)]
+        """The tokens that an image's codes follow: those of its caption, "" for none, and the start of the image.
+
+        A caption that does not fit `max_tokens` is cut; `generate` refuses it.
+        """
+        room = max(0, self.config.max_tokens - self.config.image_tokens - 1)
+        return tokens_of(self.text, caption)[:room] + [self.text.token_to_id(START_OF_IMAGE)]
 
     def pack(self, prompts, codes=None):
         """Prompts, B lists of token ids, and codes (B, N) behind them -> tokens (B, n), and `first` (B,).
@@ -958,9 +996,14 @@ class VisualLM(nn.Module):
     def generate(self, text, cfg_scale=1.0, temperature=1.0, top_k=0, top_p=1.0, seed=0, progress=iter):
         """Draw an image for each caption of the list `text`, "" for no caption -> codes (B, N), for `VQRAE.decode`.
 
-        The options are those of `extend`; the same seed and captions draw the same codes.
+        A single caption may be a string. The options are those of `extend`; the same seed and captions draw the same
+        codes. Raises InputError for what is no caption, and for options with which nothing can be drawn.
         """
-        prompts = [self.prompt(caption) for caption in text]
+        captions = list_of_texts(text)
+        prompts = [self.prompt(caption) for caption in captions]
+        for caption, prompt in zip(captions, prompts):
+            if len(tokens_of(self.text, caption)) >= len(prompt):
+                raise InputError(f"a caption may have {len(prompt) - 1} tokens here, and {caption[:40]!r}... has more")
         return self.extend(prompts, self.config.image_tokens, self.prompt(""), cfg_scale, temperature, top_k, top_p,
                            torch.Generator().manual_seed(seed), progress)
 
@@ -973,6 +1016,7 @@ class VisualLM(nn.Module):
         plus cfg_scale times the difference that the caption makes. temperature 0 takes the likeliest code.
         `progress` wraps the range of steps, as tqdm does.
         """
+        check_sampling(cfg_scale, temperature, top_k, top_p)
         V, guided = self.config.text_vocabulary, cfg_scale != 1 and without is not None
         tokens, first = self.pack(list(prompts) + [without] * (len(prompts) if guided else 0))  # (B or 2B, n)
         weight = self.embedding.weight
@@ -1046,9 +1090,9 @@ class Captioner(nn.Module):
         return torch.cat([start.expand(len(features), 1, -1), self.projector(features)], dim=1)
 
     def tokens(self, caption):
-        """A caption as the tokens that are to be written, its end included."""
-        end = self.lm.text.token_to_id(END_OF_TEXT)
-        return self.lm.text.encode(caption, add_special_tokens=False).ids + [end]
+        """A caption, cut where it does not fit behind an image, as the tokens that are to be written and their end."""
+        room = self.config.lm.max_tokens - (self.config.image_size // self.config.encoder.patch_size) ** 2 - 2
+        return tokens_of(self.lm.text, caption)[:max(0, room)] + [self.lm.text.token_to_id(END_OF_TEXT)]
 
     def loss(self, images, captions):
         """Mean cross-entropy of the tokens of the captions, and of the end of each, given the images."""
@@ -1066,6 +1110,7 @@ class Captioner(nn.Module):
     @torch.no_grad()
     def caption(self, images, most=80):
         """Texts of images (B, 3, H, W), always the likeliest next token -> B strings of up to `most` tokens."""
+        check_images(images)
         x, end = self.read(self.encoder(images)), self.lm.text.token_to_id(END_OF_TEXT)  # (B, N + 1, d)
         cache = KeyValueCache(self.config.lm, len(x), x.shape[1] + most, x.device, x.dtype)
         tokens = []
@@ -1107,7 +1152,7 @@ HUB_NAMES = (
     ("patch_embed.", "embeddings.patch_embeddings.projection.", "embeddings.patch_embedding.",
      "embeddings.patch_embedding.", "embeddings.patch_embeddings.projection."),
     ("pre_norm.", "", "pre_layrnorm.", "", ""),
-    ("norm.", "layernorm.", "post_layernorm.", "", ""),
+    ("norm.", "layernorm.", "post_layernorm.", "", "layernorm."),
     ("blocks.", "encoder.layer.", "encoder.layers.", "encoder.layers.", "encoder.layer."),
     ("norm1.", "norm1.", "layer_norm1.", "norm1.", "layernorm_before."),
     ("norm2.", "norm2.", "layer_norm2.", "norm2.", "layernorm_after."),
@@ -1197,14 +1242,16 @@ def read_vit_config(hub, folder):
         raise InputError(f"{folder}/config.json is of type {kind!r}; this loader reads {', '.join(FAMILIES)}")
     _, _, defaults, traits = FAMILIES[kind]
     hub = {**defaults, **hub}
-    if (hub.get("use_swiglu_ffn") or hub.get("use_qk_norm") or hub.get("qk_normalization")
-            or hub.get("norm_type") == "rms_norm" or str(hub.get("hidden_act")) not in ACTIVATIONS):
-        raise InputError(f"{folder}/config.json asks for SwiGLU, q/k norms, RMSNorm or an activation other than "
-                         f"{', '.join(ACTIVATIONS)}, as the largest models of these families have; none of it is here")
+    check_fields_of_hub(hub, folder / "config.json", {
+        "use_swiglu_ffn": [False], "use_qk_norm": [False], "qk_normalization": [False], "norm_type": ["layer_norm"],
+        "hidden_act": list(ACTIVATIONS), "num_channels": [3], "use_absolute_position_embeddings": [True],
+        "quantization_config": []})
     statistics = folder / "preprocessor_config.json"
     statistics = read_config(statistics) if statistics.exists() else {}
+    traits = {**traits, "final_norm": "tokens"} if hub.get("use_mean_pooling") is False else traits  # InternVL's alone
     try:
-        sides = [hub[name][0] if isinstance(hub[name], list) else hub[name] for name in ("image_size", "patch_size")]
+        sides = [square_side(hub[name], name) for name in ("image_size", "patch_size")]
+        mean, std = pixel_statistics(statistics, traits.get("mean", ViTConfig.mean), traits.get("std", ViTConfig.std))
         config = ViTConfig(
             image_size=sides[0],
             patch_size=sides[1],
@@ -1214,8 +1261,7 @@ def read_vit_config(hub, folder):
             mlp_width=hub.get("intermediate_size") or int(hub["hidden_size"] * hub["mlp_ratio"]),
             **{**traits, "family": kind, "activation": hub["hidden_act"], "layer_norm_eps": hub["layer_norm_eps"],
                "registers": hub.get("num_register_tokens", 0) if kind == "dinov2_with_registers" else 0,
-               "mean": tuple(statistics.get("image_mean") or traits.get("mean", ViTConfig.mean)),
-               "std": tuple(statistics.get("image_std") or traits.get("std", ViTConfig.std))})
+               "mean": mean, "std": std})
         with torch.device("meta"):
             return config, Encoder(config).state_dict()
     except KeyError as error:
@@ -1247,9 +1293,13 @@ def load_qwen3(source, codebook_size, image_tokens=0):
     """
     folder = hub_folder(source)
     hub = read_config(folder / "config.json")
-    if hub.get("model_type") != "qwen3" or not hub.get("tie_word_embeddings") or hub.get("attention_bias"):
+    if hub.get("model_type") != "qwen3" or not hub.get("tie_word_embeddings"):
         raise InputError(f"{folder}/config.json is of type {hub.get('model_type')!r}; this loader reads dense Qwen3 "
                          "with tied embeddings, such as Qwen/Qwen3-0.6B")
+    check_fields_of_hub(hub, folder / "config.json", {
+        "rope_parameters.rope_type": ["default"], "rope_scaling.rope_type": ["default"],
+        "rope_scaling.type": ["default"], "layer_types": ["full_attention"], "attention_bias": [False], "hidden_act": ["silu"],
+        "use_sliding_window": [False], "partial_rotary_factor": [1], "quantization_config": []})
     try:
         config = LMConfig(
             text_vocabulary=hub["vocab_size"], codebook_size=codebook_size, width=hub["hidden_size"],

@@ -133,10 +133,11 @@ def save_model(model, folder):
         save_file(weights, weights_part)
 
 
-def load_model(folder, kind, maker, build):
+def load_model(folder, kind, maker, build, optional=()):
     """The model that `save_model` wrote, built from its config.json by `build`, in eval mode.
 
     `kind` and `maker` say, in the InputError about a missing or damaged folder, what it should be and what makes one.
+    The tensors that `optional` names, which folders of earlier versions lack, stay as they are built.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -148,9 +149,10 @@ def load_model(folder, kind, maker, build):
     except (KeyError, TypeError, InputError, RuntimeError) as error:  # the last for sizes that no memory has
         raise InputError(f"{folder}/config.json does not describe a {kind}: {str(error).splitlines()[0]}") from None
     weights = read_safetensors(folder / "model.safetensors")
+    expected = {name: tensor for name, tensor in expected.items() if name in weights or name not in optional}
     check_weights(expected, weights, folder / "model.safetensors")
     model = build(saved)
-    model.load_state_dict({name: weights[name] for name in expected})
+    model.load_state_dict({**model.state_dict(), **{name: weights[name] for name in expected}})
     return model.eval()
 
 

@@ -143,15 +143,34 @@ def nearest_neighbours(train_features, train_labels, test_features, test_labels,
 
 
 @torch.no_grad()
+def fit_reading(model, images, batch_size=64, device="cpu", workers=0):
+    """Fit what `features_of` of a model reads of the features from its codes, by least squares over an ImageSet.
+
+    Not by inverting the way in: most of its singular values are small after training, and the inverse would amplify
+    what codes get wrong.
+    """
+    squares = products = 0
+    for x in images.views(batch_size, device, workers):
+        out = model(x)
+        codes = F.pad(out.z_q, (0, 1), value=1.0).flatten(0, 1).cpu().double()  # (B * N, e + 1)
+        squares = squares + codes.T @ codes  # (e + 1, e + 1)
+        products = products + codes.T @ out.features.flatten(0, 1).cpu().double()  # (e + 1, d)
+    model.reading.copy_(torch.linalg.pinv(squares, hermitian=True, rtol=1e-9) @ products)
+
+
+@torch.no_grad()
 def understanding(model, teacher, train_images, test_images, batch_size=64, device="cpu", workers=0,
                   keys=("category", "subcategory")):
     """What can be read off the features: {"teacher", "continuous", "discrete"} -> {measure: value}.
 
-    continuous: the model's Z_I; discrete: the features that its codes stand for, if it has codes; both, and the frozen
-    teacher's, as the mean over an image's tokens. For those of the `keys` that the records of the two ImageSets have:
-    NAME_transfer is the accuracy of a probe fitted to the teacher's training features and applied unchanged (Section
-    3.4: the language model is not trained for the tokenizer), NAME_probe that of one fitted to these features,
-    NAME_neighbours that of 10 nearest neighbours. cosine is the mean similarity of a token to the teacher's. Empty
+    continuous: the model's Z_I; discrete: what is read of them from its codes, if it has codes and a reading was fitted
+    to them; both, and the frozen teacher's, as the mean over an image's tokens. For those of the `keys` that the
+    records of the two ImageSets have: NAME_transfer is the accuracy of a probe fitted to the teacher's training
+    features and applied unchanged (Section 3.4: the language model is not trained for the tokenizer), NAME_probe that
+    of one fitted to these features, NAME_neighbours that of 10 nearest neighbours. cosine is the mean similarity of a
+    token to the teacher's. drift_before_norm and drift_behind_norm are how far continuous patch tokens have moved from
+    the teacher's before the encoder's last norm, where LLaVA reads, and behind it: mean square error over the variance
+    of the teacher's. Empty
     when the training images have fewer than two labels. Raises InputError when features are not finite.
     """
     names = {}
@@ -163,18 +182,23 @@ def understanding(model, teacher, train_images, test_images, batch_size=64, devi
                 [len(train_images), len(test_images)])  # (n,), (m,)
     if not names:
         return {}
-    pooled, cosines = {}, {}
+    pooled, cosines, drifts = {}, {}, {}
     for images in (train_images, test_images):
         for x in images.views(batch_size, device, workers):
             features = {"teacher": teacher(x), "continuous": model.encoder(x)}
             z_q, indices, _, _ = model.quantizer(model.project_features(features["continuous"]))
-            if indices is not None:
+            if indices is not None and model.reading.any():
                 features["discrete"] = model.features_of(z_q)
             for name, tokens in features.items():  # (B, N, d)
                 pooled.setdefault(name, []).append(tokens.mean(1).cpu())
                 if images is test_images:
                     cosine = F.cosine_similarity(tokens, features["teacher"], dim=-1)  # (B, N)
                     cosines.setdefault(name, []).append(cosine.mean(1).cpu())
+            if images is test_images:
+                for where, moved, still in zip(("before_norm", "behind_norm"), around_norm(model.encoder, x),
+                                               around_norm(teacher, x)):
+                    error, size = (moved - still).pow(2).sum((0, 1)), (still - still.mean((0, 1))).pow(2).sum((0, 1))
+                    drifts.setdefault(where, []).append(torch.stack([error.sum(), size.sum()]).cpu())
     pooled = {name: torch.cat(parts).split([len(train_images), len(test_images)]) for name, parts in pooled.items()}
     for name, parts in pooled.items():
         if not all(features.isfinite().all() for features in parts):
@@ -191,7 +215,17 @@ def understanding(model, teacher, train_images, test_images, batch_size=64, devi
             result[name][f"{key}_neighbours"] = nearest_neighbours(train, train_labels, test, test_labels)
     for name, values in cosines.items():
         result[name]["cosine"] = torch.cat(values).double().mean().item()
+    for where, values in drifts.items():
+        error, size = torch.stack(values).double().sum(0)
+        result["continuous"][f"drift_{where}"] = (error / size).item()
     return result
+
+
+def around_norm(encoder, images):
+    """An encoder's patch tokens (B, N, d) before its last norm and behind it, whichever of the two it returns."""
+    *_, x = encoder.hidden_states(images)
+    first = encoder.config.class_token + encoder.config.registers
+    return x[:, first:], encoder.norm(x)[:, first:]
 
 
 @torch.no_grad()

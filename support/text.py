@@ -40,15 +40,27 @@ def load_text_tokenizer(path, vocabulary):
     return tokenizer
 
 
+def readable(text):
+    """Text with what stands for no character (bytes that are not UTF-8, half of a pair) replaced by U+FFFD."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def tokens_of(tokenizer, text):
+    """The tokens of a text, as a list of ids; what looks like a control token in it is text, like all else."""
+    tokenizer.encode_special_tokens = True
+    return tokenizer.encode(readable(text), add_special_tokens=False).ids
+
+
 def text_of(record):
     """What a Captioner is to say of an image: its category and its caption, or what there is of the two."""
-    return ": ".join(filter(None, [record.get("category", "").replace("_", " "), record.get("caption")]))
+    said = ": ".join(filter(None, [record.get("category", "").replace("_", " "), record.get("caption")]))
+    return readable(said)
 
 
 def caption_of(record, style=True):
     """The words that ask for an image: its style, if wanted, and its caption or else its class; "" if it has none."""
     words = record.get("caption") or record.get("category", "").replace("_", " ")
-    return f"{record['style']} {words}" if style and "style" in record else words
+    return readable(f"{record['style']} {words}" if style and "style" in record else words)
 
 
 def misread(codes, most, generator):
