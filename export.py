@@ -39,7 +39,8 @@ def save_encoder(encoder, folder, dtype=torch.float32):
     if family == "siglip_vision_model":
         hub_config.update(vision_use_head=False)  # the pooling head is no part of Z_I
     if family == "internvl_vision":
-        hub_config.update(attention_bias=True, use_qk_norm=False, use_mean_pooling=config.final_norm == "none", norm_type="layer_norm")
+        hub_config.update(attention_bias=True, use_qk_norm=False, norm_type="layer_norm",
+                          use_mean_pooling=config.final_norm == "none")  # which to transformers means: no last norm
     statistics = {"image_processor_type": "BitImageProcessor", "image_mean": config.mean, "image_std": config.std,
                   "size": {"shortest_edge": config.image_size},
                   "crop_size": {"height": config.image_size, "width": config.image_size}}

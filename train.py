@@ -15,6 +15,7 @@ curves.png, reconstructions.png or samples.png, and checkpoint/ (what --resume n
 
 import argparse
 import copy
+import functools
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -45,9 +46,8 @@ def make_optimizers(module, config, learning_rate, bf16):
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
             # TiTok's rule exempts embeddings, and W stands for one.
-            embeddings = ("quantizer.", "encoder.positions", "encoder.cls_token", "encoder.registers", "embedding.",
-                          "lm.embedding.")
-            matrix = parameter.dim() >= 2 and not name.startswith(embeddings)
+            embeddings = ("quantizer.", "embed", "positions", "cls_token", "registers")
+            matrix = parameter.dim() >= 2 and not any(part in name for part in embeddings)
             in_encoder = name.startswith("encoder.")
             pretrained = in_encoder or getattr(config, "qwen3", None)
             if parameter.dim() == 2 and ".blocks." in f".{name}" and not pretrained and config.muon_learning_rate:
@@ -67,10 +67,12 @@ def make_optimizers(module, config, learning_rate, bf16):
 
 def stage_1(run, config):
     """Stage 1, Eq. 4: the encoder is frozen; projections, quantizer and decoder learn to reconstruct images."""
+    model = model_of_init(run, config) if run.args.init else None
     train_images, val_images = run.read_images(config.image_size)
-    model = new_tokenizer(config, train_images)
+    model = model or new_tokenizer(config, train_images)
+    start = run.share_start if run.args.init else functools.partial(start_tokenizer, run, config)
     if config.encoder_learning_rate > 0 or config.adversarial_weight > 0:  # Table 6: all of it from step 0 on
-        return train_everything(run, config, model, val_images, start=lambda: start_tokenizer(run, config))
+        return train_everything(run, config, model, val_images, start)
     model.encoder.requires_grad_(False)
     model.to(run.device)
     perceptual = perceptual_loss(config.perceptual, model.encoder, run.device)
@@ -92,21 +94,17 @@ def stage_1(run, config):
             note_reconstruction(run, model, images, out)
         run.update()
 
-    return tokenizer_stage(run, config, model.encoder, val_images, step, start=lambda: start_tokenizer(run, config))
+    return tokenizer_stage(run, config, model.encoder, val_images, step, start)
 
 
 def stage_2(run, config):
     """Stage 2: the model of stage 1 goes on, its encoder included."""
-    init = run.args.init or Path("out/stage1")
-    model = load_tokenizer(init)
-    for name in FIXED_BY_STAGE_1:
-        setattr(config, name, getattr(model.config, name, None))
-    run.fixed["model of --init (SHA-256)"] = digest((init / "model.safetensors").read_bytes())
+    model = model_of_init(run, config)
     _, val_images = run.read_images(config.image_size)
-    return train_everything(run, config, model, val_images, before=init)
+    return train_everything(run, config, model, val_images, run.share_start, before=run.args.init)
 
 
-def train_everything(run, config, model, val_images, **further):
+def train_everything(run, config, model, val_images, *further, **options):
     """Eq. 6: the encoder learns too, held to a frozen copy of itself; later a discriminator joins in."""
     distils = config.encoder_learning_rate > 0 and config.distillation_weight > 0
     # The teacher T is the encoder as it is now. As long as the encoder is frozen they are one.
@@ -143,8 +141,10 @@ def train_everything(run, config, model, val_images, **further):
             run.backward(loss, terms)
             note_reconstruction(run, model, images, out)
         run.update()
+        if judged:
+            discriminator.remember(*run.whole_batch("real_logit", "fake_logit"))
 
-    return tokenizer_stage(run, config, teacher, val_images, step, **further)
+    return tokenizer_stage(run, config, teacher, val_images, step, *further, **options)
 
 
 def train_discriminator(run, config):
@@ -155,6 +155,15 @@ def train_discriminator(run, config):
     optimizers = make_optimizers(discriminator, config, config.discriminator_learning_rate, run.bf16)
     run.train_beside("discriminator", discriminator, optimizers, config.discriminator_start)
     return discriminator
+
+
+def model_of_init(run, config):
+    """The tokenizer in --init, from which a run goes on with new optimizers; what it is made of is no setting then."""
+    model = load_tokenizer(run.args.init)
+    for name in FIXED_BY_STAGE_1:
+        setattr(config, name, getattr(model.config, name, None))
+    run.fixed["model of --init (SHA-256)"] = digest((run.args.init / "model.safetensors").read_bytes())
+    return model
 
 
 def perceptual_loss(name, encoder, device):
@@ -186,7 +195,7 @@ def note_reconstruction(run, model, images, out):
         run.note_codes(model.count(out.indices))
 
 
-def tokenizer_stage(run, config, teacher, val_images, step, start=lambda: None, before=None):
+def tokenizer_stage(run, config, teacher, val_images, step, start, before=None):
     """A Stage whose figures are those of reconstruction; `before` is the folder of a model to draw beside the run's."""
     model, where = run.average, (64, run.device, run.workers)
     run.fixed["encoder"] = asdict(model.config.encoder)

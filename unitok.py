@@ -12,8 +12,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.nn.functional import all_gather
 
 import vqrae
 from presets import TrainingConfig
@@ -274,6 +276,11 @@ def contrastive_loss(images, texts, scale, bias, form):
     return -F.logsigmoid(sign * logits).sum() / len(logits)
 
 
+def of_all_ranks(features):
+    """Features (B, d) of this rank -> those of all (ranks * B, d), with gradient: every other text is a negative."""
+    return torch.cat(all_gather(features)) if dist.is_initialized() and dist.get_world_size() > 1 else features
+
+
 def words_of(record):
     """What an image shows, in words, whatever its style: the style is too easy to tell, and would be all one learns."""
     return caption_of(record, style=False)
@@ -393,10 +400,14 @@ class UniTok(vqrae.VQRAE):
         return self.image_head((bottleneck.detach() if read_along else bottleneck).mean(1))
 
     def contrast(self, z_q, captions, form, read_along=False):
-        """The contrastive loss between codes (B, N, e) and B captions."""
+        """The contrastive loss between codes (B, N, e) and B captions, of all ranks together.
+
+        UniTok has a LayerNorm before its image head and keeps the scale under 100; short runs here need neither.
+        """
         images, texts = self.summarise(z_q, read_along), self.tower(captions)  # (B, d) each
         with torch.autocast(z_q.device.type, enabled=False):
-            return contrastive_loss(images.float(), texts.float(), self.log_scale.exp(), self.bias, form)
+            images, texts = (of_all_ranks(side.float()) for side in (images, texts))  # (B of all ranks, d) each
+            return contrastive_loss(images, texts, self.log_scale.exp(), self.bias, form)
 
     def bits_per_image(self, tokens):
         """What an image of so many tokens is told by: log2 of the number of different token sequences."""
@@ -628,6 +639,9 @@ def new_tokenizer(config, images):
                  codebook_size=config.codebook_size, codebook_dim=config.codebook_dim, quantizer=config.quantizer,
                  beta_side=config.beta_side)
     if isinstance(config, StageOneConfig):
+        if config.contrastive != "none" and config.accumulate > 1:
+            raise InputError("--accumulate would take --contrastive its negatives: a part sees only its own captions; "
+                             "take a smaller --batch-size, or more processes by torchrun")
         tower, text = text_tower(config, images) if config.contrastive != "none" else (None, None)
         model = UniTok(UniTokConfig(**sizes, codebooks=config.codebooks, projection=config.projection,
                                     latent_noise=config.latent_noise, text=tower), text)

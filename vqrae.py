@@ -756,11 +756,11 @@ class Discriminator(nn.Module):
         with torch.autocast(images.device.type, enabled=False):
             return self.layers(images.float())  # (B, 1, 16, 16)
 
-    def loss(self, real, fake, lecam_weight=0.001, decay=0.999, over_ranks=lambda means: None):
+    def loss(self, real, fake, lecam_weight=0.001, over_ranks=lambda means: None):
         """What the discriminator minimises on originals and reconstructions, hinge + LeCam, and a dict of scalars.
 
         LeCam looks at the mean logits of a whole batch. When several processes share a batch, `over_ranks` replaces
-        each tensor of a list by its mean over the processes.
+        each tensor of a list by its mean over the processes. `remember` is for afterwards.
         """
         real, fake = self(real), self(fake.detach())  # (B, 1, 16, 16)
         hinge, means = hinge_loss(real, fake), [real.mean(), fake.mean()]
@@ -769,10 +769,13 @@ class Discriminator(nn.Module):
         # The whole batch's value with this share's gradient; those of all processes are averaged later.
         real_mean, fake_mean = (mean + (all_of_it - mean).detach() for mean, all_of_it in zip(means, whole))
         lecam = lecam_penalty(real_mean, fake_mean, self.real_average, self.fake_average)
-        with torch.no_grad():  # after use, so that a batch is compared with those before it
-            self.real_average.lerp_(whole[0], 1 - decay)
-            self.fake_average.lerp_(whole[1], 1 - decay)
         return hinge + lecam_weight * lecam, {"hinge": hinge, "real_logit": means[0], "fake_logit": means[1]}
+
+    @torch.no_grad()
+    def remember(self, real_mean, fake_mean, decay=0.999):
+        """Move LeCam's averages by the mean logits of a whole batch, once a step and after its use."""
+        self.real_average.lerp_(real_mean, 1 - decay)
+        self.fake_average.lerp_(fake_mean, 1 - decay)
 
 
 def stage2_loss(images, out, perceptual, perceptual_weight=1.1, quantizer_weight=1.0, generator=None,

@@ -207,6 +207,12 @@ class Run:
         for key, value in {name: loss, **terms}.items():
             self.terms[key] = self.terms.get(key, 0.0) + self.share * value.detach()
 
+    def whole_batch(self, *names):
+        """Terms of the step that was just made, over all of its parts and all ranks."""
+        values = [self.terms[name].clone() for name in names]
+        self.over_ranks(values)
+        return values
+
     def update(self):
         """One update of weights and average; InputError, before any weight changes, when a loss is not finite."""
         networks, terms = [network for network in self.networks if self.done >= network.start], self.terms
@@ -215,7 +221,7 @@ class Run:
             # losses of features, of two networks and of parts of a batch all have gradients.
             self.over_ranks([p.grad for p in network.parameters if p.grad is not None])
             terms[network.norm_name] = nn.utils.clip_grad_norm_(network.parameters, self.config.max_grad_norm)
-        if not torch.isfinite(torch.stack(list(terms.values()))).all():
+        if self.any_rank(not torch.isfinite(torch.stack(list(terms.values()))).all()):  # or the others would wait
             bad = ", ".join(f"{name} {value.item():.4g}" for name, value in terms.items())
             raise InputError(f"the loss or its gradient is not finite at step {self.done} ({bad}); the last good "
                              f"checkpoint is kept, and a lower --learning-rate may help")
@@ -225,7 +231,8 @@ class Run:
                     group["lr"] = group["peak"] * self.schedule(self.done, network.start)
                 optimizer.step()
         self.done += 1
-        decay = min(self.config.ema_decay, (1 + self.done) / (10 + self.done))  # short at first, to forget the start
+        # Short at first, to forget the start: TiTok's ramp, one step ahead.
+        decay = min(self.config.ema_decay, (1 + self.done) / (10 + self.done))
         with torch.no_grad():
             torch._foreach_lerp_(self.averaged, self.networks[0].parameters, 1 - decay)
         self.note(terms)
@@ -233,7 +240,8 @@ class Run:
     def schedule(self, step, start=0):
         """What share of its highest learning rate a part that starts at step `start` has: linear warm-up, then cosine.
 
-        Table 7 writes one end rate for all parts; the code it adapts scales each by the same factor, and so does this.
+        Table 7 writes one end rate for all parts; the code it adapts, TiTok's, scales each by the same factor, and so
+        does this. Other than there, step 0 moves already, and the warm-up takes at most half of a short run.
         """
         config, step, steps = self.config, step - start, self.config.steps - start
         warmup = min(config.warmup_steps, max(1, steps // 2))
