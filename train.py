@@ -30,7 +30,7 @@ from support.files import InputError, digest
 from support.images import TrainingOrder, resize_to
 from support.metrics import caption_accuracy, evaluate, fit_reading, loss_on_captions, loss_on_codes, psnr, usage
 from support.muon import Muon
-from support.pictures import save_side_by_side
+from support.pictures import draw_written, save_side_by_side
 from support.run import Run, Stage, one_sentence_errors, process_group
 from support.settings import ShortHelp, add_run_flags, add_settings, flag, flags_of, refuse_dashes, value_in
 from support.text import caption_of, misread, recolour, text_of, train_text_tokenizer
@@ -264,7 +264,7 @@ def stage_ar(run, config):
         run.update()
 
     def figures():
-        draw_samples(run, tokenizer, codes, captions)
+        draw_written(run.average, tokenizer, codes, captions, run.device, run.args.out / "samples.png", SAMPLING)
         return {"val_loss": loss_on_codes(run.average, captions["val"], codes["val"])}
 
     def export():  # with a copy of the tokenizer, for codes mean nothing without it
@@ -288,18 +288,6 @@ def codes_and_records(run, config, tokenizer):
             more_codes, more_records = recolour(tokenizer, images, places.tolist(), run.device)
             codes[split], records[split] = torch.cat([codes[split], *more_codes]), records[split] + more_records
     return codes, records
-
-
-@torch.no_grad()
-def draw_samples(run, tokenizer, codes, captions):
-    """Pairs of the tokenizer's reconstruction and what is written from its caption: training, then held out."""
-    pairs = []
-    for split, some in codes.items():
-        count = min(21, len(some))
-        chosen = [i * len(some) // count for i in range(count)]
-        drawn = run.average.generate([captions[split][i] for i in chosen], **SAMPLING)
-        pairs += zip(*(tokenizer.decode(each.to(run.device)) for each in (some[chosen], drawn)))
-    save_side_by_side(list(zip(*pairs)), run.args.out / "samples.png", columns=7, side=64)
 
 
 def stage_caption(run, config):

@@ -75,7 +75,7 @@ def draw_training(row, run, config, images, shown):
         if step < config.steps:
             stage.step(next(batches))
     row[-1].plot(*zip(*used))
-    row[-1].set(title=f"of {len(codes):,} codes in use", xlabel="step", ylim=(0, len(codes)))
+    row[-1].set(title=f"of {len(codes):,} codes in use", xlabel="step", ylim=(0, 1.05 * len(codes)))
     return used, len(z)
 
 

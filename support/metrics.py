@@ -360,7 +360,7 @@ def clusters(model, images, count, batch_size=64, device="cpu"):
     """K-means of an ImageSet, on the mean over tokens of the continuous features and on that of the discrete tokens.
 
     Returns the images (n, 3, H, W) uint8, {"continuous", "discrete"} -> labels (n,) and distances to the centres (n,),
-    and {"continuous", "discrete"} -> `cluster_measures`.
+    and {"continuous", "discrete"} -> `cluster_measures`. Raises InputError when features are not finite.
     """
     from sklearn.cluster import KMeans
 
@@ -372,8 +372,11 @@ def clusters(model, images, count, batch_size=64, device="cpu"):
         vectors["discrete"].append(out.z_q.mean(1).cpu())  # (B, e)
     everything = torch.cat(everything)
     for name, parts in vectors.items():
+        vector = torch.cat(parts).double()
+        if not vector.isfinite().all():
+            raise InputError(f"the {name} features are not all finite numbers: they have no clusters")
         means = KMeans(min(count, len(everything)), random_state=0)
-        distances = torch.from_numpy(means.fit_transform(torch.cat(parts).double().numpy()))  # (n, K)
+        distances = torch.from_numpy(means.fit_transform(vector.numpy()))  # (n, K)
         clusterings[name] = distances.argmin(1), distances.amin(1)
     return everything, clusterings, {name: cluster_measures(labels, everything, images.records)
                                      for name, (labels, _) in clusterings.items()}

@@ -4,6 +4,7 @@ import re
 from collections import Counter, defaultdict
 from pathlib import Path
 
+import torch
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageOps
 from torchvision.transforms import functional as pixels
@@ -150,3 +151,18 @@ def draw_patch(image, token, p, side):
     window = around.crop((left, top, left + 3 * p, top + 3 * p)).resize((side, side), Image.BICUBIC)
     ImageDraw.Draw(window).rectangle((side // 3, side // 3, 2 * side // 3, 2 * side // 3), outline="red")
     return window
+
+
+@torch.no_grad()
+def draw_written(lm, tokenizer, codes, captions, device, path, sampling):
+    """Pairs of a tokenizer's reconstruction and what a language model writes from its caption, up to 21 of each split.
+
+    codes and captions are dicts by split; `sampling` are the options of `generate`.
+    """
+    pairs = []
+    for split, some in codes.items():
+        count = min(21, len(some))
+        chosen = [i * len(some) // count for i in range(count)]
+        written = lm.generate([captions[split][i] for i in chosen], **sampling)
+        pairs += zip(*(tokenizer.decode(each.to(device)) for each in (some[chosen], written)))
+    save_side_by_side(list(zip(*pairs)), path, columns=7, side=64)

@@ -1,5 +1,7 @@
 """Measures of pixels, of the use of a codebook, and of what features understand, each against a reference."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -10,8 +12,8 @@ from hypothesis import strategies as st
 from conftest import seeds, small_model
 from support.files import InputError
 from support.images import ImageSet
-from support.metrics import (frechet_distance, linear_probe, nearest, nearest_neighbours, psnr, retrieval, seam_errors,
-                             ssim, understanding)
+from support.metrics import (cluster_measures, clusters, frechet_distance, generation, linear_probe, nearest,
+                             nearest_neighbours, psnr, retrieval, seam_errors, ssim, understanding)
 
 
 # --- pixels ---
@@ -205,3 +207,62 @@ def test_features_that_are_no_numbers_are_one_sentence(photo_folder):
         next(teacher.parameters()).fill_(torch.nan)
     with pytest.raises(InputError, match="the teacher features are not all finite numbers"):
         understanding(model, teacher, images, images)
+
+
+# --- clusters ---
+
+
+@given(st.integers(2, 30), st.integers(1, 5), seeds)
+def test_what_clusters_follow_equals_scikit_learns_contingencies_and_numpys_variances(n, count, seed):
+    from sklearn.metrics.cluster import contingency_matrix
+
+    rng = np.random.default_rng(seed)
+    labels, images = rng.integers(count, size=n), rng.integers(256, size=(n, 3, 6, 6), dtype=np.uint8)
+    records = [{"category": f"category {rng.integers(3)}"} for _ in range(n)]
+    found = cluster_measures(torch.tensor(labels), torch.tensor(images), records)
+    categories = [record["category"] for record in records]
+    if len(set(categories)) > 1:
+        purity = contingency_matrix(categories, labels).max(0).sum() / n
+        assert found["category_purity"] == pytest.approx(purity)
+    colour = images.mean((2, 3)) / 255  # (n, 3)
+    centres = np.stack([colour[labels == label].mean(0) for label in labels])
+    explained = 1 - ((colour - centres) ** 2).mean(0).sum() / colour.var(0).sum()
+    assert found["colour_explained"] == pytest.approx(explained, abs=1e-4)
+
+
+def test_clusters_of_which_each_has_one_colour_and_one_category_explain_both():
+    labels = torch.tensor([0, 0, 1, 1, 2])
+    images = (80 * labels).byte()[:, None, None, None].expand(-1, 3, 8, 8)
+    found = cluster_measures(labels, images, [{"category": str(label)} for label in labels.tolist()])
+    assert found["category_purity"] == 1 and found["colour_explained"] == pytest.approx(1)
+
+
+def test_every_image_is_in_the_cluster_whose_mean_is_the_nearest(photo_folder):
+    model, photos = small_model(), ImageSet(photo_folder, "all", 16)
+    images, clusterings, _ = clusters(model, photos, 3)
+    with torch.no_grad():
+        out = model(images.float() / 255)
+    vectors = {"continuous": model.standardise(out.features).mean(1), "discrete": out.z_q.mean(1)}
+    for name, (labels, distances) in clusterings.items():
+        means = torch.stack([vectors[name][labels == label].mean(0) for label in range(3)])
+        expected = torch.cdist(vectors[name], means).min(1)
+        assert torch.equal(expected.indices, labels)
+        torch.testing.assert_close(expected.values, distances.float(), rtol=1e-3, atol=1e-4)
+
+
+# --- generated pictures ---
+
+
+def test_a_generator_that_writes_the_very_images_of_the_captions_is_right_and_shuffled_captions_are_less(
+        photo_folder, tmp_path):
+    for i, path in enumerate(sorted(photo_folder.rglob("*.png"))):  # a class for each, so that a caption names an image
+        (tmp_path / f"class{i}").mkdir()
+        shutil.copy(path, tmp_path / f"class{i}")
+    photos = ImageSet(tmp_path, "all", 16)
+    pictures = {record["category"]: image for record, image in zip(photos.records, photos.spread(12))}
+    found = generation(lambda captions: torch.stack([pictures[caption] for caption in captions]), lambda x: x,
+                       small_model().encoder, photos, photos)
+    for rows in found.values():
+        assert rows["pictures"] == 12 and rows["generated"] == rows["reconstructed (reference)"]
+        assert rows["generated"]["category"] == 1 > rows["shuffled captions (floor)"]["category"]
+        assert rows["generated"]["frechet"] == pytest.approx(0, abs=1e-6)
