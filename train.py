@@ -34,7 +34,8 @@ from support.pictures import draw_written, save_side_by_side
 from support.run import Run, Stage, one_sentence_errors, process_group
 from support.settings import ShortHelp, add_run_flags, add_settings, flag, flags_of, refuse_dashes, value_in
 from support.text import caption_of, misread, recolour, text_of, train_text_tokenizer
-from unitok import StageOneConfig, further_figures, load_tokenizer, new_tokenizer, stage_one_config, with_depth
+from unitok import (StageOneConfig, further_figures, load_language_model, load_tokenizer, new_tokenizer,
+                    stage_one_config, with_depth)
 
 
 def make_optimizers(module, config, learning_rate, bf16):
@@ -162,7 +163,6 @@ def model_of_init(run, config):
     model = load_tokenizer(run.args.init)
     for name in FIXED_BY_STAGE_1:
         setattr(config, name, getattr(model.config, name, None))
-    run.fixed["model of --init (SHA-256)"] = digest((run.args.init / "model.safetensors").read_bytes())
     return model
 
 
@@ -234,7 +234,12 @@ def stage_ar(run, config):
         print("no captions: the images are not in folders of classes, so the model learns to write images unasked")
     torch.manual_seed(run.args.seed)  # again: reading images has drawn from it, reading cached codes has not
     tokens = codes["train"].shape[1]
-    model = with_depth(language_model(config, captions["train"], tokenizer.config.codebook_size, tokens), tokenizer)
+    if run.args.init:
+        model = load_language_model(run.args.init)
+        if (model.config.codebook_size, model.config.image_tokens) != (tokenizer.config.codebook_size, tokens):
+            raise InputError(f"the model in {run.args.init} was trained with other codes than {config.tokenizer} has")
+    else:
+        model = with_depth(language_model(config, captions["train"], tokenizer.config.codebook_size, tokens), tokenizer)
     model.to(run.device)
     run.fixed["codes of the images (SHA-256)"] = digest(*codes.values())
     run.fixed["text tokenizer (SHA-256)"] = digest(model.text.to_str().encode())
@@ -292,7 +297,9 @@ def codes_and_records(run, config, tokenizer):
 
 def stage_caption(run, config):
     """Stage caption, Section 3.4: a transformer learns to write captions of a frozen encoder's features."""
-    encoder = vqrae.load_encoder(config.encoder)
+    before = vqrae.Captioner.from_pretrained(run.args.init) if run.args.init else None
+    encoder = before.encoder if before else vqrae.load_encoder(config.encoder)
+    config.image_size = before.config.image_size if before else config.image_size
     if config.image_size % encoder.config.patch_size:
         raise InputError(f"--image-size {config.image_size} is not a multiple of the encoder's patches of "
                          f"{encoder.config.patch_size} pixels")
@@ -300,7 +307,7 @@ def stage_caption(run, config):
     texts = [text_of(record) for record in train_images.records]
     if not any(texts):
         raise InputError(f"the images in {config.data} have no captions: put them into one folder per class")
-    lm = language_model(config, texts)
+    lm = before.lm if before else language_model(config, texts)
     model = vqrae.Captioner(vqrae.CaptionerConfig(encoder.config, config.image_size, lm.config), lm.text)
     model.encoder, model.lm = encoder.requires_grad_(False), lm
     model.to(run.device)
@@ -352,6 +359,8 @@ def language_model(config, texts, codebook_size=0, image_tokens=0):
 
 STAGES = {"1": (stage_1, StageOneConfig), "2": (stage_2, TrainingConfig), "ar": (stage_ar, GenerationConfig),
           "caption": (stage_caption, CaptionConfig)}
+FIXED_BY_INIT = {"1": FIXED_BY_STAGE_1, "2": FIXED_BY_STAGE_1, "ar": ("qwen3", *FIXED_BY_QWEN3),
+                 "caption": ("qwen3", "encoder", "image_size", *FIXED_BY_QWEN3)}
 SETTINGS = flags_of(TrainingConfig, CaptionConfig, GenerationConfig, StageOneConfig)  # of every stage, by name
 
 
@@ -367,8 +376,8 @@ def parse_args(argv=None):
     add("--stage", choices=list(STAGES), required=True, help="1: frozen encoder, train codebook and decoder; 2: train "
         "the encoder too; ar: a transformer that writes codes from text; caption: one that writes captions of features")
     add("--preset", choices=list(PRESETS), default="tiny", help="the settings that the flags below change")
-    add("--init", type=Path, metavar="DIR", help="the model of stage 1 to start from (default: out/stage1)"
-        if stage == "2" else argparse.SUPPRESS)
+    add("--init", type=Path, metavar="DIR", help="start from this folder's model, with new optimizers; stage 2: that of "
+        "stage 1 (default: out/stage1)")
     add("--benchmark", action="store_true", help="time steady steps, print one JSON line, train nothing")
     add("--print-config", action="store_true", help="print all settings as JSON and stop")
     add_run_flags(parser)
@@ -381,8 +390,8 @@ def parse_args(argv=None):
 
 def settings_for(args, stage):
     """The preset's settings of a stage, changed by the flags given; InputError for flags that it does not have."""
-    if args.init and stage != "2":
-        raise InputError("--init is for --stage 2, which starts from a model of stage 1")
+    if stage == "2":
+        args.init = args.init or Path("out/stage1")
     if stage not in PRESETS[args.preset]:
         raise InputError(f"--preset {args.preset} has no settings for --stage {stage}")
     config = PRESETS[args.preset][stage]
@@ -390,8 +399,8 @@ def settings_for(args, stage):
     if stage == "1":
         config = stage_one_config(config, given)
     for name in given:
-        if args.stage == "2" and name in FIXED_BY_STAGE_1:
-            raise InputError(f"{flag(name)} is fixed by the model that stage 2 starts from, --init")
+        if args.init and name in FIXED_BY_INIT[stage]:
+            raise InputError(f"{flag(name)} is fixed by the model that stage {stage} starts from, --init")
         if name in FIXED_BY_QWEN3 and (args.qwen3 or getattr(config, "qwen3", None)):
             raise InputError(f"{flag(name)} is fixed by the checkpoint of --qwen3")
         if not hasattr(config, name):

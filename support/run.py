@@ -33,7 +33,7 @@ import torch.distributed as dist
 from torch import nn
 from tqdm import tqdm
 
-from support.files import InputError, replace_text, replacing
+from support.files import InputError, digest, replace_text, replacing
 from support.images import TrainingOrder
 from support.metrics import codebook_usage
 from support.pictures import draw_curves
@@ -362,6 +362,8 @@ class Run:
     def begin(self, stage):
         """Go to step 0, or to the last checkpoint, as --resume and --overwrite say; InputError when neither may be."""
         args, first = self.args, self.rank == 0  # the first of all ranks writes and speaks
+        if args.init:
+            self.fixed["model of --init (SHA-256)"] = digest((args.init / "model.safetensors").read_bytes())
         args.out.mkdir(parents=True, exist_ok=True)
         begun = any(path.exists() for path in self.checkpoints)
         if args.resume and begun:
