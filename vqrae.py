@@ -30,6 +30,7 @@ from support.files import (InputError, check_fields, check_weights, hub_folder, 
                            read_config, save_model)
 from support.images import resize_to
 from support.metrics import codebook_usage, psnr  # noqa: F401  for whoever uses this file as a library
+from support.networks import convnext_small, lpips_vgg
 from support.quick import quick_products
 from support.text import END_OF_TEXT, START_OF_IMAGE, load_text_tokenizer, tokens_of
 
@@ -641,18 +642,7 @@ class PaperPerceptual(nn.Module):
 
     def __init__(self, vgg=None, convnext=None):
         super().__init__()
-        try:
-            if vgg is None:
-                import lpips
-
-                vgg = lpips.LPIPS(net="vgg", verbose=False)
-            if convnext is None:
-                from torchvision.models import ConvNeXt_Small_Weights, convnext_small
-
-                convnext = convnext_small(weights=ConvNeXt_Small_Weights.IMAGENET1K_V1)
-        except OSError as error:
-            raise InputError(f"the weights of VGG16 and ConvNeXt-S for --perceptual lpips-convnext cannot be fetched "
-                             f"({error}); --perceptual vfm needs no download") from None
+        vgg, convnext = vgg or lpips_vgg(), convnext or convnext_small()
         self.vgg, self.convnext = vgg.eval().requires_grad_(False), convnext.eval().requires_grad_(False)
 
     def lpips(self, x, y):

@@ -1,0 +1,30 @@
+"""Pretrained networks of others that training and evaluation ask for by name; their weights are fetched on first use."""
+
+from contextlib import contextmanager
+
+from support.files import InputError
+
+
+@contextmanager
+def fetching(name, instead):
+    """InputError, with what to do `instead`, when the weights of a network cannot be fetched."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"the weights of {name} cannot be fetched ({error}); {instead}") from None
+
+
+def lpips_vgg():
+    """LPIPS on VGG16 (Zhang et al. 2018), an lpips.LPIPS."""
+    import lpips
+
+    with fetching("VGG16, for LPIPS", "--perceptual vfm, and evaluating without it, need no download"):
+        return lpips.LPIPS(net="vgg", verbose=False)
+
+
+def convnext_small():
+    """torchvision's ConvNeXt-S, trained on ImageNet."""
+    from torchvision import models
+
+    with fetching("ConvNeXt-S", "--perceptual vfm needs no download"):
+        return models.convnext_small(weights=models.ConvNeXt_Small_Weights.IMAGENET1K_V1)
