@@ -5,9 +5,11 @@ import io
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -410,8 +412,31 @@ def command(*arguments):
     return [sys.executable, str(ROOT / arguments[0]), *map(str, arguments[1:])]
 
 
-def torchrun(*arguments, ranks=2):
-    """Run a script in the root as several processes, and wait for them."""
+def launch_ranks(*arguments, ranks=2):
+    """Start a script as several processes, by a launcher that leads a group of its own."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    return subprocess.run(command + [str(argument) for argument in arguments], cwd=ROOT, capture_output=True, text=True,
-                          timeout=240)
+    return subprocess.Popen(command + [str(argument) for argument in arguments], cwd=ROOT, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def wait_for_ranks(launcher, limit):
+    """The result of a launcher; after `limit` seconds it and its ranks are ended, and subprocess.TimeoutExpired comes.
+
+    Every rank leads a group of its own, too, so that of the launcher does not hold them all.
+    """
+    try:
+        stdout, stderr = launcher.communicate(timeout=limit)
+    except subprocess.TimeoutExpired:
+        processes = subprocess.run(["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
+        pairs = [tuple(map(int, line.split())) for line in processes.splitlines()]
+        for group in [launcher.pid, *(pid for pid, parent in pairs if parent == launcher.pid)]:
+            with suppress(ProcessLookupError):
+                os.killpg(group, signal.SIGKILL)
+        launcher.communicate()
+        raise
+    return subprocess.CompletedProcess(launcher.args, launcher.returncode, stdout, stderr)
+
+
+def torchrun(*arguments, ranks=2, limit=240):
+    """Run a script in the root as several processes, and wait for them, `limit` seconds at most."""
+    return wait_for_ranks(launch_ranks(*arguments, ranks=ranks), limit)

@@ -374,7 +374,7 @@ def parse_args(argv=None):
                                      description=None if own else __doc__, formatter_class=ShortHelp)
     add = parser.add_argument
     add("--stage", choices=list(STAGES), required=True, help="1: frozen encoder, train codebook and decoder; 2: train "
-        "the encoder too; ar: a transformer that writes codes from text; caption: one that writes captions of features")
+        "the encoder too; ar: a transformer writes codes from text; caption: one writes captions")
     add("--preset", choices=list(PRESETS), default="tiny", help="the settings that the flags below change")
     add("--init", type=Path, metavar="DIR", help="start from this folder's model, with new optimizers; stage 2: that of "
         "stage 1 (default: out/stage1)")

@@ -24,10 +24,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from support.checks import (check_codes, check_fields_of_hub, check_images, check_sampling, list_of_texts,
-                            pixel_statistics, rows_and_columns, square_side)
-from support.files import (InputError, check_fields, check_weights, hub_folder, load_model, read_checkpoint,
-                           read_config, save_model)
+from support.checks import check_codes, check_images, check_sampling, list_of_texts, rows_and_columns
+from support.files import (InputError, check_fields, check_weights, load_model, read_config, save_model,
+                           without_memory)
+from support.hub import IMAGENET, hub_folder, qwen3_fields, read_checkpoint, vision_fields
 from support.images import resize_to
 from support.metrics import codebook_usage, psnr  # noqa: F401  for whoever uses this file as a library
 from support.networks import convnext_small, lpips_vgg
@@ -61,8 +61,8 @@ class ViTConfig:
     # Which tokens the last norm is for: all "tokens", the "class" token alone (Z_I is before it), or "none".
     final_norm: str = "tokens"
     antialias: bool = False  # when positions are resized
-    mean: tuple = (0.485, 0.456, 0.406)  # ImageNet's, which DINOv2 was trained with
-    std: tuple = (0.229, 0.224, 0.225)
+    mean: tuple = IMAGENET["mean"]
+    std: tuple = IMAGENET["std"]
 
     def __post_init__(self):
         self.mean, self.std = tuple(self.mean), tuple(self.std)  # a JSON file has lists
@@ -1195,12 +1195,14 @@ def load_encoder(source):
     InputError when the source cannot be had or does not fit.
     """
     folder = hub_folder(source)
-    hub = read_config(folder / "config.json")
+    path = folder / "config.json"
+    hub = read_config(path)
     if "codebook_dim" in hub:
         return load_model(folder, "VQRAE", "--stage 1 makes one", lambda saved: nn.ModuleDict(
             {"encoder": Encoder(ViTConfig(**saved["encoder"]))}))["encoder"]
-    config, expected = read_vit_config(hub, folder)
-    column, weights = FAMILIES[config.family][0], {}
+    fields = vision_fields(hub, path, {kind: family[2:] for kind, family in FAMILIES.items()}, ACTIVATIONS)
+    sizes = without_memory(path, "an encoder", lambda: Encoder(ViTConfig(**fields)))
+    column, weights, expected = FAMILIES[sizes.config.family][0], {}, sizes.state_dict()
     # Inside a larger model the encoder's names have a prefix, and so has everything else another one.
     theirs = {re.sub(r"^(model\.)?((vision_model|vision_tower)\.)*", "", name): tensor
               for name, tensor in read_checkpoint(folder).items()}
@@ -1219,49 +1221,9 @@ def load_encoder(source):
         if name in ("cls_token", "positions") and weights[name].numel() == ours.numel():
             weights[name] = weights[name].reshape(ours.shape)  # some families store them without the batch dimension
     check_weights(expected, weights, folder)
-    encoder = Encoder(config)
+    encoder = Encoder(sizes.config)
     encoder.load_state_dict(weights)
     return encoder.eval()
-
-
-def read_vit_config(hub, folder):
-    """The ViTConfig that config.json, as a dict, and preprocessor_config.json describe, and its encoder's tensors.
-
-    The tensors are sizes without memory, as in `load_model`. Raises InputError when the files make no sense.
-    """
-    hub = hub.get("vision_config", hub)  # SigLIP and CLIP come with their text half, InternViT with a language model
-    kind = hub.get("model_type") if isinstance(hub, dict) else hub
-    if not isinstance(kind, str) or kind not in FAMILIES:
-        raise InputError(f"{folder}/config.json is of type {kind!r}; this loader reads {', '.join(FAMILIES)}")
-    _, _, defaults, traits = FAMILIES[kind]
-    hub = {**defaults, **hub}
-    check_fields_of_hub(hub, folder / "config.json", {
-        "use_swiglu_ffn": [False], "use_qk_norm": [False], "qk_normalization": [False], "norm_type": ["layer_norm"],
-        "hidden_act": list(ACTIVATIONS), "num_channels": [3], "use_absolute_position_embeddings": [True],
-        "quantization_config": []})
-    statistics = folder / "preprocessor_config.json"
-    statistics = read_config(statistics) if statistics.exists() else {}
-    traits = {**traits, "final_norm": "tokens"} if hub.get("use_mean_pooling") is False else traits  # InternVL's alone
-    try:
-        sides = [square_side(hub[name], name) for name in ("image_size", "patch_size")]
-        mean, std = pixel_statistics(statistics, traits.get("mean", ViTConfig.mean), traits.get("std", ViTConfig.std))
-        config = ViTConfig(
-            image_size=sides[0],
-            patch_size=sides[1],
-            width=hub["hidden_size"],
-            depth=hub["num_hidden_layers"],
-            heads=hub["num_attention_heads"],
-            mlp_width=hub.get("intermediate_size") or int(hub["hidden_size"] * hub["mlp_ratio"]),
-            **{**traits, "family": kind, "activation": hub["hidden_act"], "layer_norm_eps": hub["layer_norm_eps"],
-               "registers": hub.get("num_register_tokens", 0) if kind == "dinov2_with_registers" else 0,
-               "mean": mean, "std": std})
-        with torch.device("meta"):
-            return config, Encoder(config).state_dict()
-    except KeyError as error:
-        raise InputError(f"{folder}/config.json lacks {error}") from None
-    except (IndexError, TypeError, ValueError, OverflowError, RuntimeError) as error:
-        raise InputError(f"{folder}/config.json or preprocessor_config.json does not describe an encoder: "
-                         f"{str(error).splitlines()[0]}") from None
 
 
 def qwen3_name(name):
@@ -1285,26 +1247,10 @@ def load_qwen3(source, codebook_size, image_tokens=0):
     is no Qwen3 with tied embeddings.
     """
     folder = hub_folder(source)
-    hub = read_config(folder / "config.json")
-    if hub.get("model_type") != "qwen3" or not hub.get("tie_word_embeddings"):
-        raise InputError(f"{folder}/config.json is of type {hub.get('model_type')!r}; this loader reads dense Qwen3 "
-                         "with tied embeddings, such as Qwen/Qwen3-0.6B")
-    check_fields_of_hub(hub, folder / "config.json", {
-        "rope_parameters.rope_type": ["default"], "rope_scaling.rope_type": ["default"],
-        "rope_scaling.type": ["default"], "layer_types": ["full_attention"], "attention_bias": [False], "hidden_act": ["silu"],
-        "use_sliding_window": [False], "partial_rotary_factor": [1], "quantization_config": []})
-    try:
-        config = LMConfig(
-            text_vocabulary=hub["vocab_size"], codebook_size=codebook_size, width=hub["hidden_size"],
-            depth=hub["num_hidden_layers"], heads=hub["num_attention_heads"], kv_heads=hub["num_key_value_heads"],
-            head_width=hub["head_dim"], mlp_width=hub["intermediate_size"], image_tokens=image_tokens,
-            rope_theta=hub.get("rope_theta") or hub["rope_parameters"]["rope_theta"], norm_eps=hub["rms_norm_eps"])
-        with torch.device("meta"):  # sizes without memory, as in `load_model`
-            expected = VisualLM(replace(config, codebook_size=0)).state_dict()
-    except KeyError as error:
-        raise InputError(f"{folder}/config.json lacks {error}") from None
-    except (TypeError, InputError, RuntimeError) as error:
-        raise InputError(f"{folder}/config.json does not describe a Qwen3: {str(error).splitlines()[0]}") from None
+    path = folder / "config.json"
+    fields = qwen3_fields(read_config(path), path)
+    sizes = without_memory(path, "a Qwen3", lambda: VisualLM(LMConfig(**fields, codebook_size=0)))
+    config, expected = replace(sizes.config, codebook_size=codebook_size, image_tokens=image_tokens), sizes.state_dict()
     weights = read_checkpoint(folder)
     ours = {name: weights[qwen3_name(name)].float() for name in expected if qwen3_name(name) in weights}
     check_weights(expected, ours, folder)

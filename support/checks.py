@@ -61,44 +61,6 @@ def list_of_texts(text):
     return list(texts)
 
 
-def check_fields_of_hub(hub, path, known):
-    """InputError for a field of a hub's config that changes what a model computes, to something that is not here.
-
-    known: names, "outer.inner" for a field inside a field, to the values that are; a field that is missing, or None, has
-    the usual one. Of a list, all must be among them.
-    """
-    for name, values in known.items():
-        value = hub
-        for part in name.split("."):
-            value = value.get(part) if isinstance(value, dict) else None
-        for each in value if isinstance(value, list) else [value]:
-            if each is not None and each not in values:
-                raise InputError(f"{path} asks for {name} {each!r}, which is not implemented here" + bool(values) *
-                                 f": only {', '.join(map(str, values))}")
-
-
-def square_side(value, name):
-    """A side in pixels of a hub's config, a number or a pair of equal ones; InputError for a pair of two."""
-    sides = value if isinstance(value, list) else [value]
-    if len(set(sides)) != 1:
-        raise InputError(f"{name} {value!r} is no square")
-    return sides[0]
-
-
-def pixel_statistics(preprocessor, mean, std):
-    """Mean and std of images in [0, 1], as tuples, that a preprocessor_config.json asks for; `mean`, `std` by default.
-
-    It may scale the bytes of an image by another factor than 1/255, or leave out either step.
-    """
-    scale = 255 * preprocessor.get("rescale_factor", 1 / 255) if preprocessor.get("do_rescale", True) else 255
-    scale = 1 if abs(scale - 1) < 1e-6 else scale
-    if preprocessor.get("do_normalize", True):
-        mean, std = preprocessor.get("image_mean") or mean, preprocessor.get("image_std") or std
-    else:
-        mean, std = (0.0,) * 3, (1.0,) * 3
-    return tuple(value / scale for value in mean), tuple(value / scale for value in std)
-
-
 def shape_of(value):
     """What a value is, in the words of an error."""
     return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__

@@ -94,22 +94,6 @@ def read_safetensors(path):
         raise InputError(f"cannot read the weights in {path}: {error}") from None
 
 
-def read_checkpoint(folder):
-    """All tensors of a hub folder by name, from model.safetensors or from the shards that its index names."""
-    index = folder / "model.safetensors.index.json"
-    if not index.exists():
-        return read_safetensors(folder / "model.safetensors")
-    shards = read_config(index).get("weight_map")
-    if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
-        raise InputError(f"{index} has no weight_map, which names the file of each tensor")
-    weights = {}
-    for name in sorted(set(shards.values())):
-        if Path(name).name != name:
-            raise InputError(f"{index} names the file {name!r}, which is not in its folder")
-        weights.update(read_safetensors(folder / name))
-    return weights
-
-
 def check_weights(expected, weights, path):
     """InputError names the first tensor that is missing among the weights, or is not as the expected one."""
     for name, tensor in expected.items():
@@ -133,6 +117,18 @@ def save_model(model, folder):
         save_file(weights, weights_part)
 
 
+def without_memory(path, kind, build):
+    """The model that `build` makes of a config, without memory: it may ask for more than there is.
+
+    InputError, with the path of the config, when it does not describe a model of this kind.
+    """
+    try:
+        with torch.device("meta"):
+            return build()
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:  # the last for sizes that no memory has
+        raise InputError(f"{path} does not describe {kind}: {str(error).splitlines()[0]}") from None
+
+
 def load_model(folder, kind, maker, build, optional=()):
     """The model that `save_model` wrote, built from its config.json by `build`, in eval mode.
 
@@ -143,28 +139,10 @@ def load_model(folder, kind, maker, build, optional=()):
     if not folder.is_dir():
         raise InputError(f"no model at {folder}: the folder does not exist; python train.py {maker}")
     saved = read_json(folder / "config.json")
-    try:
-        with torch.device("meta"):  # sizes without memory: config.json may ask for more than there is
-            expected = build(saved).state_dict()
-    except (KeyError, TypeError, InputError, RuntimeError) as error:  # the last for sizes that no memory has
-        raise InputError(f"{folder}/config.json does not describe a {kind}: {str(error).splitlines()[0]}") from None
+    expected = without_memory(folder / "config.json", f"a {kind}", lambda: build(saved)).state_dict()
     weights = read_safetensors(folder / "model.safetensors")
     expected = {name: tensor for name, tensor in expected.items() if name in weights or name not in optional}
     check_weights(expected, weights, folder / "model.safetensors")
     model = build(saved)
     model.load_state_dict({**model.state_dict(), **{name: weights[name] for name in expected}})
     return model.eval()
-
-
-def hub_folder(source):
-    """A local folder as it is, or a download of the hub's model of this name; InputError says why there is none."""
-    folder = Path(source)
-    if not folder.is_dir():
-        from huggingface_hub import snapshot_download
-
-        try:
-            folder = Path(snapshot_download(str(source), allow_patterns=["*.json", "*.safetensors"]))
-        except Exception as error:  # offline, no such id, no permission: huggingface_hub has many ways to say no
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise InputError(f"no model at {source!r}: not a folder, and the hub says: {reason}") from None
-    return folder

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from conftest import seeds
-from support import files
+from support import files, hub
 from support.files import InputError
 
 # --- written in one step ---
@@ -102,7 +102,7 @@ def test_weights_in_shards_are_read_like_weights_in_one_file(tmp_path_factory, c
     for file in set(weight_map.values()):
         save_file({name: tensor for name, tensor in weights.items() if weight_map[name] == file}, parts / file)
     (parts / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    found = [files.read_checkpoint(folder) for folder in (whole, parts)]
+    found = [hub.read_checkpoint(folder) for folder in (whole, parts)]
     assert all(part.keys() == weights.keys() for part in found)
     assert all(torch.equal(part[name], tensor) for part in found for name, tensor in weights.items())
 
@@ -182,7 +182,7 @@ def test_a_folder_that_is_not_there_is_a_sentence_that_says_what_makes_one(tmp_p
 
 
 def test_a_local_folder_is_no_matter_for_the_hub_and_a_name_that_nobody_knows_is_a_sentence(tmp_path, monkeypatch):
-    assert files.hub_folder(str(tmp_path)) == tmp_path
+    assert hub.hub_folder(str(tmp_path)) == tmp_path
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(InputError, match="no model at 'nobody/nothing': not a folder, and the hub says"):
-        files.hub_folder("nobody/nothing")
+        hub.hub_folder("nobody/nothing")
