@@ -384,14 +384,13 @@ def parse_args(argv=None):
     add_settings(parser, own | SETTINGS, hidden=SETTINGS.keys() - own.keys())
     refuse_dashes(parser, argv)
     args = parser.parse_args(argv)
+    args.init = args.init or (Path("out/stage1") if args.stage == "2" else None)
     args.out = args.out or Path("out") / (f"stage{args.stage}" if args.stage in ("1", "2") else args.stage)
     return args
 
 
 def settings_for(args, stage):
     """The preset's settings of a stage, changed by the flags given; InputError for flags that it does not have."""
-    if stage == "2":
-        args.init = args.init or Path("out/stage1")
     if stage not in PRESETS[args.preset]:
         raise InputError(f"--preset {args.preset} has no settings for --stage {stage}")
     config = PRESETS[args.preset][stage]
@@ -399,7 +398,7 @@ def settings_for(args, stage):
     if stage == "1":
         config = stage_one_config(config, given)
     for name in given:
-        if args.init and name in FIXED_BY_INIT[stage]:
+        if args.init and stage == args.stage and name in FIXED_BY_INIT[stage]:
             raise InputError(f"{flag(name)} is fixed by the model that stage {stage} starts from, --init")
         if name in FIXED_BY_QWEN3 and (args.qwen3 or getattr(config, "qwen3", None)):
             raise InputError(f"{flag(name)} is fixed by the checkpoint of --qwen3")

@@ -91,14 +91,17 @@ def strategy_rows(args):
     """Table 6: the encoder trained from step 0 or in a second stage, with distillation or without; three seeds each.
 
     All rows take the same number of steps and no adversarial loss; the first row, a frozen encoder, is not the paper's.
+    They learn equally much, too: one peak for all stages, and a warm-up in proportion to a stage's steps, so that the
+    learning rates of two halves add up to those of a whole.
     """
     refuse_chosen(args, "adversarial_weight")
-    rate = train.settings_for(args, "2").encoder_learning_rate
+    rate, base = train.settings_for(args, "2").encoder_learning_rate, train.settings_for(args, "1")
     half = max(1, (args.steps or 400) // 2)
 
     def stage(name, steps, rate, distillation):
         return name, {"steps": steps, "encoder_learning_rate": rate, "distillation_weight": distillation,
-                      "adversarial_weight": 0.0}
+                      "adversarial_weight": 0.0, "learning_rate": base.learning_rate,
+                      "warmup_steps": max(1, min(base.warmup_steps, half) * steps // (2 * half))}
 
     for name, runs in {
         "encoder frozen throughout": [stage("1", 2 * half, 0.0, 0.0)],
