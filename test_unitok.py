@@ -393,6 +393,20 @@ def test_zero_shot_asks_which_categorys_captions_are_nearest(photo_folder, monke
     assert unitok.zero_shot(model, records, images) == pytest.approx(truth.count("class0") / len(truth))
 
 
+def test_every_caption_of_a_category_counts_alike_however_long_its_vector(photo_folder, monkeypatch):
+    images, model = ImageSet(photo_folder, "train", 16), with_tower()
+    axes = torch.eye(24)
+    texts = {"ape": 100 * axes[0], "bear": axes[1], "cat": 2 * axes[0] + axes[1]}
+    monkeypatch.setattr(model.tower, "forward", lambda captions: torch.stack([texts[name] for name in captions]))
+    monkeypatch.setattr(model, "summarise", lambda z_q: (axes[0] + axes[1]).expand(len(z_q), -1))
+    records = [{"category": "class0", "caption": "ape"}, {"category": "class0", "caption": "bear"},
+               {"category": "class1", "caption": "cat"}]
+    # Halfway between ape and bear as unit vectors; by their sum the ape alone would decide, and the cat be nearer.
+    share = [record["category"] for record in images.records].count("class0") / len(images)
+    assert unitok.zero_shot(model, records, images) == pytest.approx(share) and share not in (0, 1)
+    assert unitok.zero_shot(model, records, images, batch_size=2) == pytest.approx(share)
+
+
 def test_a_text_tower_is_saved_with_its_words(tmp_path):
     model = with_tower()
     model.save_pretrained(tmp_path)

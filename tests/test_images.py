@@ -13,7 +13,7 @@ from PIL import Image
 
 from conftest import RED, ROOT, seeds, write_variants
 from support.files import InputError
-from support.images import ImageSet, TrainingOrder, read_image
+from support.images import ImageSet, TrainingOrder, eight_bits, held_out, read_image, resize_to
 
 
 # --- our sets ---
@@ -131,7 +131,50 @@ def test_train_and_val_folders_make_the_split_and_otherwise_a_twentieth_is_held_
     assert parts[0] | parts[1] == parts[2] and not parts[0] & parts[1] and len(parts[1]) == 1
 
 
+@given(count=st.integers(0, 500))
+def test_a_twentieth_is_held_out_the_same_every_time_and_from_all_over(count):
+    chosen = held_out(count)
+    assert len(chosen) == (0 if count < 2 else max(1, count // 20)) and chosen == held_out(count)
+    assert chosen <= set(range(count))
+    assert count < 100 or max(chosen) - min(chosen) > count / 2
+
+
 # --- views, and their order ---
+
+
+@given(height=st.integers(8, 40), width=st.integers(8, 40), size=st.sampled_from([8, 16]), seed=seeds)
+def test_a_view_is_bicubic_of_the_shorter_side_and_its_middle(height, width, size, seed):
+    image = Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8))
+    short = min(height, width)
+    sides = [int(size * side / short) for side in (width, height)]
+    whole = np.asarray(image.resize(sides, Image.BICUBIC))
+    top, left = (sides[1] - size) // 2, (sides[0] - size) // 2
+    found = ImageSet.prepare(image, size).permute(1, 2, 0).numpy()
+    assert np.array_equal(found, whole[top:top + size, left:left + size])
+
+
+def test_a_training_view_may_begin_at_every_place_and_is_turned_half_of_the_time():
+    rows = Image.fromarray(np.arange(19, dtype=np.uint8)[None].repeat(16, 0)).convert("RGB")
+    views = [ImageSet.prepare(rows, 16, seed)[0, 0].tolist() for seed in range(400)]
+    starts = [min(view) for view in views]
+    assert set(starts) == {0, 1, 2, 3} and min(starts.count(start) for start in range(4)) > 60
+    assert 150 < sum(view[0] > view[-1] for view in views) < 250
+    columns = Image.fromarray(np.arange(19, dtype=np.uint8)[:, None].repeat(16, 1)).convert("RGB")
+    assert {ImageSet.prepare(columns, 16, seed)[0, :, 0].min().item() for seed in range(100)} == {0, 1, 2, 3}
+
+
+@given(values=st.lists(st.floats(-1, 2), min_size=1, max_size=20))
+def test_eight_bits_is_what_a_file_would_hold(values):
+    found = eight_bits(torch.tensor(values, dtype=torch.float64))
+    expected = [min(max(round(255 * min(max(value, 0), 1)), 0), 255) / 255 for value in values]
+    assert found.tolist() == pytest.approx(expected, abs=1e-6) or any(abs(255 * v % 1 - 0.5) < 1e-6 for v in values)
+
+
+def test_an_image_of_the_right_size_is_not_touched_and_another_stays_in_0_to_1():
+    sharp = (torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)) > 0.5).float()
+    assert resize_to(sharp, torch.zeros(1, 1, 16, 16)) is sharp
+    found = resize_to(sharp, torch.zeros(1, 1, 24, 20))
+    assert found.shape == (2, 3, 24, 20) and found.min() == 0 and found.max() == 1
 
 
 def test_evaluation_takes_the_centre_and_training_a_random_window_and_flip():
@@ -151,6 +194,25 @@ def test_a_resumed_order_is_the_rest_of_the_order_and_an_epoch_shows_every_image
     assert list(islice(TrainingOrder(count, seed, start), 2 * count)) == whole[start:]
     assert sorted(index for index, _ in whole[:count]) == list(range(count))
     assert len({view for _, view in whole}) == len(whole)
+
+
+@given(count=st.integers(8, 40), seed=seeds)
+def test_every_epoch_and_every_seed_has_an_order_of_its_own(count, seed):
+    def epochs(seed):
+        keys = [index for index, _ in islice(TrainingOrder(count, seed, 0), 3 * count)]
+        return [tuple(keys[i:i + count]) for i in range(0, 3 * count, count)]
+
+    assert len({*epochs(seed), *epochs(seed + 1), tuple(range(count))}) == 7
+
+
+@given(count=st.integers(1, 9), seed=st.integers(0, 2**50), place=st.integers(0, 1000))
+def test_another_seed_cuts_and_turns_the_same_images_otherwise(count, seed, place):
+    image, views = Image.fromarray(np.random.default_rng(0).integers(0, 256, (200, 200, 3), np.uint8)), []
+    image = image.resize((200, 400))  # a window of 200 in 400 rows: 201 places
+    for one in range(seed, seed + 6):
+        _, key = next(iter(TrainingOrder(count, one, place)))
+        views.append(ImageSet.prepare(image, 200, key).numpy().tobytes())
+    assert len(set(views)) > 3
 
 
 @given(count=st.integers(1, 9), seed=seeds, ranks=st.integers(1, 4), start=st.integers(0, 5))

@@ -130,10 +130,10 @@ def test_a_warm_up_takes_no_more_than_half_of_what_is_left_and_counts_from_the_s
     rising = min(warmup, max(1, steps // 2))
     assert rates[:rising] == pytest.approx([(i + 1) / rising for i in range(rising)])
     assert all(a >= b for a, b in zip(rates[rising - 1:], rates[rising:]))
-    assert run.schedule(start + steps, start) == pytest.approx(end) or steps == 1
-    halfway = rising + (steps - rising) // 2
-    if (steps - rising) % 2 == 0:
-        assert run.schedule(start + halfway, start) == pytest.approx((1 + end) / 2)
+    assert run.schedule(start + steps, start) == pytest.approx(end) or steps == 1  # which has no time to fall
+    falling = steps - rising
+    if falling and falling % 2 == 0:
+        assert run.schedule(start + rising + falling // 2, start) == pytest.approx((1 + end) / 2)
 
 
 def test_a_network_that_sets_in_late_rests_till_then_and_warms_up_from_there():
@@ -234,7 +234,7 @@ def test_encoder_muon_discriminator_and_all_else_have_rates_of_their_own_and_fol
         for name, rate in rates["optimizer"].items():
             peak = 1e-4 if name.startswith("model.encoder.") else 1e-3
             assert rate == pytest.approx(peak * factor), name
-        assert set(rates["muon"].values()) == {pytest.approx(2e-2 * factor)}
+        assert [*rates["muon"].values()] == pytest.approx([2e-2 * factor] * len(rates["muon"]))
         if step >= 2:
             [rate] = set(rates["discriminator_optimizer"].values())
             assert rate == pytest.approx(3e-4 * late) and late != factor
@@ -314,12 +314,8 @@ def test_the_start_looks_at_as_many_training_tokens_as_asked_and_at_every_image_
     batches = [next(run.train_images.batches([next(keys) for _ in range(4)], 4)).float() / 255 for _ in range(5)]
     with torch.no_grad():  # 16 tokens an image, 4 images a batch: 300 tokens are in 5 batches
         torch.testing.assert_close(features, torch.cat([run.model.encoder(x).flatten(0, 1) for x in batches]))
-        images = torch.cat(batches)
-        own = nn.functional.conv2d((images - run.model.encoder.mean) / run.model.encoder.std,
-                                   run.model.encoder.patch_embed.weight).flatten(2).transpose(1, 2).flatten(0, 1)
-        pixels = (patches.view(-1, 3, 16) - run.model.encoder.mean.view(3, 1)) / run.model.encoder.std.view(3, 1)
-        torch.testing.assert_close(pixels.flatten(1) @ run.model.encoder.patch_embed.weight.flatten(1).T, own,
-                                   rtol=1e-4, atol=1e-4)  # patches are those of the same tokens
+    squares = [image[:, y:y + 4, x:x + 4] for image in torch.cat(batches) for y in (0, 4, 8, 12) for x in (0, 4, 8, 12)]
+    assert torch.equal(patches, torch.stack(squares).flatten(1))  # of the same tokens
 
 
 def test_the_start_is_the_averages_too(short_run):
@@ -333,7 +329,7 @@ def test_the_start_is_the_averages_too(short_run):
 @pytest.mark.parametrize("kind", ["short_run", "ar_run", "caption_run"])
 def test_figures_and_exports_are_of_the_average_and_not_of_the_model(kind, request, tmp_path):
     run, stage = make_run(request.getfixturevalue(kind))
-    run.args.out.mkdir()
+    run.args.out.mkdir(exist_ok=True)
     with torch.no_grad():
         for p in run.networks[0].parameters:
             p.fill_(torch.nan)  # whoever looks at it comes away with nothing
