@@ -635,7 +635,8 @@ def test_the_vfm_loss_is_zero_for_equal_images_and_leaves_no_gradient_on_the_enc
 
 def vfm_by_hand(encoder, x, y):
     """The VFM distance in float64 of one window of both images, without gradient term."""
-    total, states = 0.0, [[state.detach().double().numpy() for state in encoder.hidden_states(image)] for image in (x, y)]
+    states = [[x.detach().double().numpy() for x in encoder.hidden_states(image)] for image in (x, y)]
+    total = 0.0
     for a, b in zip(*states):  # (B, 1 + N, d) behind each block
         a, b = (tokens / np.linalg.norm(tokens, axis=2, keepdims=True) for tokens in (a, b))
         total += ((a - b) ** 2).sum(2).mean() / len(states[0])
@@ -685,7 +686,8 @@ def test_the_stage_1_loss_is_mse_plus_weighted_perceptual_plus_both_weighted_qua
     out = model(images)
     loss, terms = vqrae.stage1_loss(images, out, lambda x, y, generator: (x - y).abs().mean(), perceptual_weight,
                                     quantizer_weight)
-    expected = ((images - out.reconstruction)**2).mean() + perceptual_weight * (images - out.reconstruction).abs().mean()
+    error = images - out.reconstruction
+    expected = (error**2).mean() + perceptual_weight * error.abs().mean()
     torch.testing.assert_close(loss, expected + quantizer_weight * (out.codebook_loss + out.commitment_loss))
     assert set(terms) == {"mse", "perceptual", "codebook", "commitment"}
     assert terms["codebook"] == out.codebook_loss and terms["commitment"] == out.commitment_loss

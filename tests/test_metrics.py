@@ -253,7 +253,8 @@ def test_understanding_is_of_means_over_tokens_and_of_distances_on_held_out_imag
     for name, features in trained.items():
         assert [rows[name]["category_probe"]] == linear_probe(features, labels[0], [ours[name].mean(1)], labels[1],
                                                               groups)
-        assert rows[name]["category_neighbours"] == nearest_neighbours(features, labels[0], ours[name].mean(1), labels[1])
+        votes = nearest_neighbours(features, labels[0], ours[name].mean(1), labels[1])
+        assert rows[name]["category_neighbours"] == votes
     moved, still = ours["continuous"].double(), ours["teacher"].double()
     drift = ((moved - still)**2).sum() / ((still - still.mean((0, 1)))**2).sum()
     # Means are of each batch, so the variance is near the whole's.
@@ -376,7 +377,8 @@ def test_the_loss_on_codes_is_a_mean_over_images_whatever_the_batch(batch, seed)
         for caption, row in zip(captions, codes):
             tokens, _ = model.pack([model.prompt(caption)], row[None])
             log_p = model(tokens).double().log_softmax(-1)[0]
-            alone.append(-np.mean([log_p[i - 1, tokens[0, i]].item() for i in range(len(tokens[0]) - 9, len(tokens[0]))]))
+            end = len(tokens[0])
+            alone.append(-np.mean([log_p[i - 1, tokens[0, i]].item() for i in range(end - 9, end)]))
     assert loss_on_codes(model, captions, codes, batch) == pytest.approx(np.mean(alone), rel=1e-4)
 
 

@@ -14,6 +14,8 @@ from conftest import command, edit, small_captioner, small_model, small_vit, wri
 from export import save_encoder
 from presets import SAMPLING
 from support.images import ImageSet, eight_bits
+from support.metrics import evaluate
+from support.pictures import draw_patch
 from support.text import caption_of
 
 
@@ -61,7 +63,11 @@ def test_evaluate_prints_a_table_and_json_and_names_the_frechet_encoder(saved_mo
                  "--frechet-encoder", str(encoder_folder), "--device", "cpu"])
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result["images"] == 12 and result["tokens"] == 12 * 16
-    assert result[f"frechet_{encoder_folder.name}"] > 0 and not any("fid" in name.lower() for name in result)
+    expected = evaluate(vqrae.VQRAE.from_pretrained(saved_model), ImageSet(photo_folder, "all", 16),
+                        frechet_encoder=vqrae.load_encoder(encoder_folder))
+    expected[f"frechet_{encoder_folder.name}"] = expected.pop("frechet")
+    assert {name: result[name] for name in expected} == pytest.approx(expected)
+    assert not any("fid" in name.lower() for name in result)
 
 
 def test_the_frechet_encoder_can_be_shown_larger_images(saved_model, photo_folder, encoder_folder, capsys, monkeypatch):
@@ -148,8 +154,16 @@ def test_a_swapped_encoder_is_the_one_that_reads(written_models, tmp_path):
 
 def test_codes_draws_the_patches_that_chose_each_code(saved_model, photo_folder, tmp_path):
     sample.main(["codes", "--model", str(saved_model), "--data", str(photo_folder), "--split", "all", "--device", "cpu",
-                 "--out", str(tmp_path / "pictures")])
-    assert Image.open(tmp_path / "pictures/codes.png").size[0] > 100
+                 "--out", str(tmp_path / "pictures"), "--patches", "3"])
+    drawn = np.asarray(Image.open(tmp_path / "pictures/codes.png").convert("RGB"))
+    images = ImageSet(photo_folder, "all", 16)
+    codes = vqrae.VQRAE.from_pretrained(saved_model).encode(torch.cat(list(images.views())))[1]  # (12, 16)
+    counts = codes.flatten().bincount(minlength=40)
+    assert len(drawn) // 51 == min(16, (counts > 1).sum())
+    chosen = (codes == counts.argmax()).nonzero().tolist()[::max(1, int(counts.max()) // 3)][:3]
+    for column, (place, token) in enumerate(chosen):  # the first row: patches of the most frequent code, in red
+        expected = np.asarray(draw_patch(images[place][0], token, 4, 48))
+        assert np.array_equal(drawn[:48, 64 + 51 * column:64 + 51 * column + 48], expected)
 
 
 def test_beyond_the_edge_of_an_image_codes_draws_nothing_that_looks_like_image(saved_model, tmp_path):

@@ -126,7 +126,7 @@ def test_grey_stays_grey_in_any_colour(old, new, grey):
 @given(old=st.sampled_from(list(COLOURS)), new=st.sampled_from(list(COLOURS)), strength=st.integers(60, 200))
 def test_what_is_turned_is_as_strong_as_its_new_colour_and_never_weaker_than_it_was(old, new, strength):
     hue = COLOURS[old][0]
-    colour = [255 * value for value in colorsys.hsv_to_rgb(hue, strength / 230, 230 / 255)]  # 230 is its brightest channel
+    colour = [255 * value for value in colorsys.hsv_to_rgb(hue, strength / 230, 230 / 255)]  # from 230 down
     image = torch.tensor(colour).round().byte().view(1, 3, 1, 1).expand(-1, -1, 8, 8)
     turned = turn_colour(image, old, new).double()
     spread = (turned.amax(1) - turned.amin(1)).mean().item()

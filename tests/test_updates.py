@@ -18,6 +18,7 @@ import vqrae
 from conftest import launch_ranks, make_run, small_captioner, small_vit, take_steps, text_lm, wait_for_ranks
 from presets import PRESETS
 from support.images import TrainingOrder
+from support.metrics import codebook_usage
 from support.run import Run
 
 
@@ -183,6 +184,30 @@ def test_the_loss_of_stage_2_is_the_sum_of_its_terms_by_the_weights_that_were_as
     assert terms["loss"] == pytest.approx(
         terms["mse"] + 2.5 * terms["perceptual"] + 0.5 * (terms["codebook"] + terms["commitment"])
         + 0.7 * terms["distillation"] + 0.3 * terms["adversarial"], rel=1e-4)
+
+
+def test_a_log_line_tells_quality_lengths_and_codes_of_the_steps_since_the_last_one(short_run):
+    run, stage = make_run(short_run + ["--accumulate", "2", "--perceptual", "none", "--precision", "fp32"])
+    batches = stage.batches()
+    for steps in (2, 1):
+        psnr, z_norm, code_norm, indices = [], [], [], []
+        for _ in range(steps):
+            batch, places = next(batches)
+            with torch.no_grad():
+                images = batch.float() / 255
+                out = run.model(images)
+            error = (out.reconstruction.clamp(0, 1) - images).pow(2).mean((1, 2, 3))
+            psnr.append(-10 * error.log10().mean().item())
+            z_norm.append(out.z.norm(dim=-1).mean().item())
+            code_norm.append(out.z_q.norm(dim=-1).mean().item())
+            indices.append(out.indices.flatten())
+            stage.step((batch, places))
+        line, counts = run.log(123.0), torch.cat(indices).bincount(minlength=32)
+        found = [line[name] for name in ("train_psnr", "z_norm", "code_norm")]
+        assert found == pytest.approx([np.mean(values) for values in (psnr, z_norm, code_norm)], rel=1e-4)
+        assert (line["train_utilization"], line["train_perplexity"]) == pytest.approx(codebook_usage(counts))
+        assert line["step"] == run.done and line["images_per_second"] == 123.0
+        assert line["lr"] == pytest.approx(run.config.learning_rate * run.schedule(run.done - 1))
 
 
 def test_a_step_of_the_discriminator_tells_originals_from_reconstructions(everything):
