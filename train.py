@@ -376,8 +376,8 @@ def parse_args(argv=None):
     add("--stage", choices=list(STAGES), required=True, help="1: frozen encoder, train codebook and decoder; 2: train "
         "the encoder too; ar: a transformer writes codes from text; caption: one writes captions")
     add("--preset", choices=list(PRESETS), default="tiny", help="the settings that the flags below change")
-    add("--init", type=Path, metavar="DIR", help="start from this folder's model, with new optimizers; stage 2: that of "
-        "stage 1 (default: out/stage1)")
+    add("--init", type=Path, metavar="DIR", help="start from this folder's model, with new optimizers; stage 2: "
+        "that of stage 1 (default: out/stage1)")
     add("--benchmark", action="store_true", help="time steady steps, print one JSON line, train nothing")
     add("--print-config", action="store_true", help="print all settings as JSON and stop")
     add_run_flags(parser)

@@ -238,7 +238,8 @@ class AttentionProjection(nn.Module):
     bias = property(lambda self: self.shortcut.bias)
 
     def forward(self, x):
-        y = self.shortcut(self.norm3(x)) + self.attention(self.norm1(x))  # (B, N, out)
+        y = self.shortcut(self.norm3(x)).to(x.dtype)  # x is in float32 under autocast, and so what is added up
+        y = y + self.attention(self.norm1(x))  # (B, N, out)
         return y + self.mlp(self.norm2(y))
 
 
@@ -396,7 +397,7 @@ class UniTok(vqrae.VQRAE):
 
         With `read_along` no gradient goes back from here into the tokenizer.
         """
-        bottleneck = self.project_out(z_q)  # (B, N, d)
+        bottleneck = self.project_out(z_q.to(self.project_out.weight.dtype))  # (B, N, d)
         return self.image_head((bottleneck.detach() if read_along else bottleneck).mean(1))
 
     def contrast(self, z_q, captions, form, read_along=False):

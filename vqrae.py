@@ -18,13 +18,15 @@ import functools
 import math
 import re
 from dataclasses import dataclass, replace
+from numbers import Integral
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from support.checks import check_codes, check_images, check_sampling, list_of_texts, rows_and_columns
+from support.checks import (check_codes, check_form, check_images, check_prompts, check_sampling, list_of_texts,
+                            number_in, rows_and_columns)
 from support.files import (InputError, check_fields, check_weights, load_model, read_config, save_model,
                            without_memory)
 from support.hub import IMAGENET, hub_folder, qwen3_fields, read_checkpoint, vision_fields
@@ -32,7 +34,7 @@ from support.images import resize_to
 from support.metrics import codebook_usage, psnr  # noqa: F401  for whoever uses this file as a library
 from support.networks import convnext_small, lpips_vgg
 from support.quick import quick_products
-from support.text import END_OF_TEXT, START_OF_IMAGE, load_text_tokenizer, tokens_of
+from support.text import END_OF_TEXT, START_OF_IMAGE, id_of, load_text_tokenizer, tokens_of
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -193,8 +195,7 @@ class Encoder(nn.Module):
         multiples of the patch size.
         """
         p = self.config.patch_size
-        if images.dim() != 4 or images.shape[1] != 3 or not images.is_floating_point():
-            check_images(images)
+        check_form(images)
         height, width = images.shape[-2:]
         if height % p or width % p:
             raise InputError(f"images of {height} x {width} pixels do not divide into patches of {p}")
@@ -214,6 +215,8 @@ class Encoder(nn.Module):
             yield x
 
     def forward(self, images):
+        if not torch.compiler.is_compiling():
+            check_images(images, most=0.5)  # resizing goes beyond [0, 1], but not so far
         for x in self.hidden_states(images):  # (B, [1 +] registers + N, d), none kept but the last
             pass
         x = self.norm(x) if self.config.final_norm == "tokens" else x  # a norm for "class" is only kept to be saved
@@ -489,7 +492,7 @@ class VQRAE(nn.Module):
         """
         if not self.reading.any():
             raise InputError("this model has no reading of features from its codes: it was saved without `fit_reading`")
-        return F.pad(z_q, (0, 1), value=1.0) @ self.reading
+        return F.pad(z_q.to(self.reading.dtype), (0, 1), value=1.0) @ self.reading
 
     def grid(self, images):
         """Rows and columns of tokens of images (B, 3, H, W)."""
@@ -499,9 +502,13 @@ class VQRAE(nn.Module):
         features = self.encoder(images)  # Z_I (B, N, d)
         z = self.project_features(features)  # Z^_c (B, N, e)
         z_q, indices, codebook_loss, commitment_loss = self.quantizer(z)  # Z_q (B, N, e), (B, N)
-        bottleneck = self.project_out(z_q)  # Z_bot (B, N, d)
-        reconstruction = self.decoder(bottleneck, *self.grid(images))  # X' (B, 3, H*q/p, W*q/p)
+        reconstruction = self.paint(z_q, *self.grid(images))  # X' (B, 3, H*q/p, W*q/p)
         return Output(reconstruction, features, indices, codebook_loss, commitment_loss, z, z_q)
+
+    def paint(self, z_q, rows, columns):
+        """Codes in the place of features (B, N, e) -> images (B, 3, rows*q, columns*q), not clamped."""
+        bottleneck = self.project_out(z_q.to(self.project_out.weight.dtype))  # Z_bot (B, N, d)
+        return self.decoder(bottleneck, rows, columns)
 
     @torch.no_grad()
     def encode(self, images):
@@ -522,11 +529,8 @@ class VQRAE(nn.Module):
         """
         if isinstance(self.quantizer, NoQuantizer):
             raise InputError("this model has no codebook, so there are no codes to decode")
-        check_codes(indices, *self.quantizer.sizes())
-        rows, columns = rows_and_columns(indices.shape[1], rows)
-        z_q = self.quantizer.lookup(indices.long())  # (B, N, e)
-        bottleneck = self.project_out(z_q.to(self.project_out.weight.dtype))  # (B, N, d)
-        return self.decoder(bottleneck, rows, columns).float().clamp(0, 1)
+        z_q = self.quantizer.lookup(check_codes(indices, *self.quantizer.sizes()))  # (B, N, e)
+        return self.paint(z_q, *rows_and_columns(indices.shape[1], rows)).float().clamp(0, 1)
 
     @torch.no_grad()
     def start(self, features, patches, codebook_init="data", projection_init="pixels", generator=None):
@@ -973,7 +977,7 @@ class VisualLM(nn.Module):
         A caption that does not fit `max_tokens` is cut; `generate` refuses it.
         """
         room = max(0, self.config.max_tokens - self.config.image_tokens - 1)
-        return tokens_of(self.text, caption)[:room] + [self.text.token_to_id(START_OF_IMAGE)]
+        return tokens_of(self.text, caption)[:room] + [id_of(self.text, START_OF_IMAGE)]
 
     def pack(self, prompts, codes=None):
         """Prompts, B lists of token ids, and codes (B, N) behind them -> tokens (B, n), and `first` (B,).
@@ -997,8 +1001,9 @@ class VisualLM(nn.Module):
         for caption, prompt in zip(captions, prompts):
             if len(tokens_of(self.text, caption)) >= len(prompt):
                 raise InputError(f"a caption may have {len(prompt) - 1} tokens here, and {caption[:40]!r}... has more")
+        generator = torch.Generator().manual_seed(number_in("seed", seed, -2**63, 2**64 - 1, Integral))
         return self.extend(prompts, self.config.image_tokens, self.prompt(""), cfg_scale, temperature, top_k, top_p,
-                           torch.Generator().manual_seed(seed), progress)
+                           generator, progress)
 
     @torch.inference_mode()
     def extend(self, prompts, count, without=None, cfg_scale=1.0, temperature=1.0, top_k=0, top_p=1.0, generator=None,
@@ -1009,7 +1014,8 @@ class VisualLM(nn.Module):
         plus cfg_scale times the difference that the caption makes. temperature 0 takes the likeliest code.
         `progress` wraps the range of steps, as tqdm does.
         """
-        check_sampling(cfg_scale, temperature, top_k, top_p)
+        cfg_scale, temperature, top_k, top_p = check_sampling(cfg_scale, temperature, top_k, top_p)
+        check_prompts(prompts, len(self.embedding.weight), count, self.config.codebook_size)
         V, guided = self.config.text_vocabulary, cfg_scale != 1 and without is not None
         tokens, first = self.pack(list(prompts) + [without] * (len(prompts) if guided else 0))  # (B or 2B, n)
         weight = self.embedding.weight
@@ -1079,13 +1085,13 @@ class Captioner(nn.Module):
 
     def read(self, features):
         """Features (B, N, d of the encoder) -> what the transformer meets before the text (B, N + 1, d)."""
-        start = self.lm.embedding.weight[self.lm.text.token_to_id(START_OF_IMAGE)]  # (d,)
+        start = self.lm.embedding.weight[id_of(self.lm.text, START_OF_IMAGE)]  # (d,)
         return torch.cat([start.expand(len(features), 1, -1), self.projector(features)], dim=1)
 
     def tokens(self, caption):
         """A caption, cut where it does not fit behind an image, as the tokens that are to be written and their end."""
         room = self.config.lm.max_tokens - (self.config.image_size // self.config.encoder.patch_size) ** 2 - 2
-        return tokens_of(self.lm.text, caption)[:max(0, room)] + [self.lm.text.token_to_id(END_OF_TEXT)]
+        return tokens_of(self.lm.text, caption)[:max(0, room)] + [id_of(self.lm.text, END_OF_TEXT)]
 
     def loss(self, images, captions):
         """Mean cross-entropy of the tokens of the captions, and of the end of each, given the images."""
@@ -1104,7 +1110,8 @@ class Captioner(nn.Module):
     def caption(self, images, most=80):
         """Texts of images (B, 3, H, W), always the likeliest next token -> B strings of up to `most` tokens."""
         check_images(images)
-        x, end = self.read(self.encoder(images)), self.lm.text.token_to_id(END_OF_TEXT)  # (B, N + 1, d)
+        most = number_in("most", most, 1, 2**20, Integral)
+        x, end = self.read(self.encoder(images)), id_of(self.lm.text, END_OF_TEXT)  # (B, N + 1, d)
         cache = KeyValueCache(self.config.lm, len(x), x.shape[1] + most, x.device, x.dtype)
         tokens = []
         for _ in range(most):

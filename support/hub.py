@@ -41,8 +41,8 @@ def read_checkpoint(folder):
 def refuse_other(hub, path, known):
     """InputError for a field of a config that makes a model compute what is not implemented here.
 
-    known: names, "outer.inner" for a field inside a field, to the values that are; a field that is missing, or None, has
-    the usual one. Of a list, all must be among them.
+    known: names, "outer.inner" for a field inside a field, to the values that are; a field that is missing, or None,
+    has the usual one. Of a list, all must be among them.
     """
     for name, values in known.items():
         value = hub

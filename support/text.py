@@ -45,8 +45,17 @@ def readable(text):
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
+def id_of(tokenizer, control):
+    """The id of START_OF_IMAGE or END_OF_TEXT; InputError for a model without a text tokenizer."""
+    if tokenizer is None:
+        raise InputError("this model has no text tokenizer, so it reads tokens and no captions")
+    return tokenizer.token_to_id(control)
+
+
 def tokens_of(tokenizer, text):
     """The tokens of a text, as a list of ids; what looks like a control token in it is text, like all else."""
+    if tokenizer is None:
+        raise InputError("this model has no text tokenizer, so it reads tokens and no captions")
     tokenizer.encode_special_tokens = True
     return tokenizer.encode(readable(text), add_special_tokens=False).ids
 
