@@ -432,7 +432,7 @@ def wait_for_ranks(launcher, limit):
         for group in [launcher.pid, *(pid for pid, parent in pairs if parent == launcher.pid)]:
             with suppress(ProcessLookupError):
                 os.killpg(group, signal.SIGKILL)
-        launcher.communicate()
+        launcher.wait()
         raise
     return subprocess.CompletedProcess(launcher.args, launcher.returncode, stdout, stderr)
 
