@@ -28,7 +28,7 @@ from export import export_onnx, export_tokens, save_encoder
 from presets import ROOT, SAMPLING
 from support import metrics, pictures
 from support.codes import codes_of
-from support.files import InputError, read_config, read_json
+from support.files import InputError, keep_apart, read_config, read_json, replacing_all
 from support.images import ImageSet, eight_bits, read_image, resize_to
 from support.metrics import lpips_distance
 from support.run import choose_device, one_sentence_errors
@@ -100,20 +100,18 @@ def reconstruct(args, device):
             lm, tokenizer = open_generator(args.generator, device)
             captions = [caption_of(source.records[place]) for place in source.spread_places(24)]
             versions.append(tokenizer.decode(lm.generate(captions, **SAMPLING, seed=0)))
-        pictures.save_side_by_side(versions, args.out / "reconstructions.png")
-        print(f"{args.out}/reconstructions.png")
+        path = pictures.free(args.out / "reconstructions.png")
+        pictures.save_side_by_side(versions, path)
+        print(path)
         return
-    written = set()
+    written = []
     for path, images in read_files(args, device):
         outputs = [model(images).reconstruction for model in models]
-        name = path.stem
-        while name in written:  # a/cat.png and b/cat.png must not share one picture
-            name += "_"
-        written.add(name)
-        pictures.save_side_by_side([images, *outputs], args.out / f"{name}.png", columns=1,
-                                   side=max(256, args.image_size))
+        # a/cat.png and b/cat.png must not share one picture, nor any take the place of what is read.
+        written.append(pictures.free(args.out / f"{path.stem}.png", args.images, written))
+        pictures.save_side_by_side([images, *outputs], written[-1], columns=1, side=max(256, args.image_size))
         scores = [metrics.psnr(resize_to(images, y), eight_bits(y)).item() for y in outputs]
-        print(f"{args.out / name}.png: PSNR {', '.join(f'{score:.2f}' for score in scores)} dB")
+        print(f"{written[-1]}: PSNR {', '.join(f'{score:.2f}' for score in scores)} dB")
 
 
 def write(args, lm, model, captions):
@@ -133,8 +131,8 @@ def generate(args, device):
     captions = args.captions or [""]
     count = args.count or (4 if args.captions else 16)
     drawn = write(args, lm, model, [caption for caption in captions for _ in range(count)])  # (n, 3, H, W)
-    pictures.save_generated(drawn, captions, args.out)
-    print(f"{args.out}/grid.png and {len(drawn)} single pictures beside it")
+    grid = pictures.save_generated(drawn, captions, args.out)
+    print(f"{grid} and {len(drawn)} single pictures beside it")
 
 
 def caption(args, device):
@@ -159,17 +157,18 @@ def codes(args, device):
     indices, places = codes_of(model, images, keys, args.batch_size, device)  # (n, N), (n,)
     if indices.dim() == 3:  # (n, N, M) with M codebooks
         indices = indices[..., args.codebook]
+    path = pictures.free(args.out / "codes.png")
     drawn = pictures.draw_codes(indices, places, images, model.config.encoder.patch_size, args.codes, args.patches,
-                                args.out / "codes.png")
+                                path)
     if not drawn:
         raise InputError(f"no code was chosen twice by the {args.split} images of {args.data}; give more images")
-    print(f"{args.out}/codes.png: {drawn} of the {len(indices.unique())} codes that the {args.split} split uses, most "
+    print(f"{path}: {drawn} of the {len(indices.unique())} codes that the {args.split} split uses, most "
           "frequent first; each patch (red) in its surroundings")
 
 
 # Which flags of evaluate are for which kind of model, and which flags of export for which format; others are for all.
 USED_BY = {
-    "tokenizer": ("image_size", "split", "frechet_encoder", "frechet_size", "teacher", "clusters"),
+    "tokenizer": ("image_size", "split", "frechet_encoder", "frechet_size", "lpips", "teacher", "clusters"),
     "generator": ("frechet_encoder", "count", "cfg_scale", "temperature", "top_k", "top_p", "seed"),
     "captioner": ("image_size", "split", "encoder"),
     "hf": (), "tokens": ("data", "split", "image_size", "batch_size", "shard_size"), "onnx": ("image_size",),
@@ -187,12 +186,16 @@ def export(args, device):
     if args.format != "hf" and model.config.quantizer == "none":
         raise InputError(f"the model in {args.model} has no codes (--quantizer none)")
     if args.format == "hf":
-        save_encoder(model.encoder, args.out / "encoder")
-        model.save_pretrained(args.out / "tokenizer")
+        for place in ("encoder", "tokenizer"):
+            keep_apart(args.out / place, model=args.model)
+        with replacing_all(args.out) as part:
+            save_encoder(model.encoder, part / "encoder")
+            model.save_pretrained(part / "tokenizer")
         class_name = read_json(args.out / "encoder/config.json")["architectures"][0]
         print(f"{args.out}/encoder: for transformers.{class_name}.from_pretrained; {args.out}/tokenizer: for "
               f"{type(model).__module__}.{type(model).__name__}.from_pretrained")
     elif args.format == "tokens":
+        keep_apart(args.out, model=args.model, data=args.data)
         images = open_images(args.data, args.split, args.image_size)
         index = export_tokens(model, images, args.out, args.shard_size, args.batch_size, device)
         print(f"{args.out}/index.json: {sum(shard['images'] for shard in index['shards'])} images of "
@@ -201,7 +204,8 @@ def export(args, device):
         if model.config.quantizer not in vqrae.QUANTIZERS:
             raise InputError(f"--format onnx is for models of VQRAE's quantizers; the one in {args.model} is "
                              f"{model.config.quantizer}")
-        worst = export_onnx(model.cpu(), args.image_size, args.out)
+        with replacing_all(args.out) as part:
+            worst = export_onnx(model.cpu(), args.image_size, part)
         print(f"{args.out}/encode.onnx and decode.onnx, for batches of {args.image_size} x {args.image_size} pixels: "
               f"onnxruntime's codes equal torch's, and its images to within {worst:.1e}")
 
@@ -227,7 +231,7 @@ def evaluate_tokenizer(args, device):
     encoder = vqrae.load_encoder(args.frechet_encoder).to(device)
     teacher = vqrae.load_encoder(args.teacher).to(device)
     result = metrics.evaluate(model, images, args.batch_size, device, frechet_encoder=encoder,
-                              lpips=lpips_distance(device), frechet_size=args.frechet_size)
+                              lpips=lpips_distance(device) if args.lpips else None, frechet_size=args.frechet_size)
     result = {"split": args.split, **result}
     if "frechet" in result:  # named after its encoder and never called rFID, which is Inception's
         size = f"_at_{args.frechet_size}_pixels" if args.frechet_size else ""
@@ -250,8 +254,9 @@ def evaluate_tokenizer(args, device):
                                                                        device)
         for name, measures in result["clusters"].items():
             print(f"clusters by {name} features:" + "".join(f"  {key} {value:.3f}" for key, value in measures.items()))
-        pictures.draw_clusters(everything, clusterings, args.out / "clusters.png")
-        print(f"{args.out}/clusters.png")
+        path = pictures.free(args.out / "clusters.png")
+        pictures.draw_clusters(everything, clusterings, path)
+        print(path)
     return result
 
 
@@ -323,6 +328,7 @@ def evaluate_flags(parser):
     add("--frechet-size", type=number(int, most=4096), metavar="PIXELS",
         help="of a tokenizer: side at which that encoder sees images (default: its own); a larger one shows it finer "
         "detail")
+    add("--lpips", action="store_true", help="of a tokenizer: LPIPS too; VGG16's weights are fetched on first use")
     add("--teacher", default=tiny_vit,
         help="of a tokenizer: the frozen encoder that it was trained from, for the linear probes")
     add("--clusters", type=number(int), nargs="?", const=24, metavar="K",

@@ -19,7 +19,7 @@ from torch.distributed.nn.functional import all_gather
 
 import vqrae
 from presets import TrainingConfig
-from support.files import InputError, check_fields, load_model, read_json
+from support.files import InputError, check_fields, load_model, read_json, save_model
 from support.settings import setting
 from support.text import caption_of, load_text_tokenizer, train_text_tokenizer
 
@@ -428,9 +428,7 @@ class UniTok(vqrae.VQRAE):
 
     def save_pretrained(self, folder):
         """Write config.json and model.safetensors, and tokenizer.json for the text tower's text."""
-        super().save_pretrained(folder)
-        if self.tower is not None:
-            self.tower.lm.text.save(str(Path(folder) / "tokenizer.json"))
+        save_model(self, folder, None if self.tower is None else self.tower.lm.text)
 
     @classmethod
     def from_pretrained(cls, folder):

@@ -1041,8 +1041,7 @@ class VisualLM(nn.Module):
 
     def save_pretrained(self, folder):
         """Write config.json, model.safetensors and tokenizer.json."""
-        save_model(self, folder)
-        self.text.save(str(Path(folder) / "tokenizer.json"))
+        save_model(self, folder, self.text)
 
     @classmethod
     def from_pretrained(cls, folder):
@@ -1125,8 +1124,7 @@ class Captioner(nn.Module):
 
     def save_pretrained(self, folder):
         """Write config.json, model.safetensors (the encoder included) and tokenizer.json."""
-        save_model(self, folder)
-        self.lm.text.save(str(Path(folder) / "tokenizer.json"))
+        save_model(self, folder, self.lm.text)
 
     @classmethod
     def from_pretrained(cls, folder):

@@ -5,7 +5,7 @@ import json
 import os
 import re
 import tempfile
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -62,11 +62,12 @@ def replacing_all(folder):
             for path in sorted(Path(part).rglob("*")):
                 place = folder / path.relative_to(part)
                 place.mkdir(exist_ok=True) if path.is_dir() else path.replace(place)
-    except (OSError, RuntimeError, SafetensorError) as error:
+    except (OSError, SafetensorError) as error:
         raise InputError(f"cannot write into {folder}, perhaps for want of room ({error}); what stood there before is "
                          "kept") from None
     except InputError as error:
-        raise InputError(re.sub(rf"{re.escape(str(folder))}/[.]part-\w+", lambda found: str(folder), str(error))) from None
+        part = rf"{re.escape(str(folder))}/[.]part-\w+"
+        raise InputError(re.sub(part, lambda found: str(folder), str(error))) from None
     finally:
         if not was_there and folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
@@ -156,11 +157,14 @@ def check_weights(expected, weights, path):
             raise InputError(f"{path}: tensor {name!r} has values that are no numbers, so it is damaged")
 
 
-def save_model(model, folder):
-    """Write config.json and model.safetensors, each replaced in one step."""
+def save_model(model, folder, text=None):
+    """Write config.json, model.safetensors and, with a text tokenizer, tokenizer.json: all of them or none."""
     folder = Path(folder)
     weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    with replacing(folder / "config.json") as config_part, replacing(folder / "model.safetensors") as weights_part:
+    with (replacing(folder / "tokenizer.json") if text else nullcontext() as text_part,
+          replacing(folder / "config.json") as config_part, replacing(folder / "model.safetensors") as weights_part):
+        if text:
+            text_part.write_text(text.to_str(pretty=True), encoding="utf-8")
         config_part.write_text(json.dumps(asdict(model.config), indent=2) + "\n", encoding="utf-8")
         save_file(weights, weights_part)
 

@@ -117,7 +117,7 @@ def eight_bit_grey(image):
     if not np.isfinite(values).all():
         raise ValueError("it has values that are no numbers")
     black, white = values.min(), values.max()
-    if image.mode.startswith("I;16") or image.mode == "I" and image.format in ("PNG", "PPM"):  # 16 bits, kept in 32
+    if image.mode.startswith("I;16") or image.mode == "I" and image.format in ("PNG", "PPM"):  # 16 bits, held in 32
         black, white = 0, 65535
     elif black >= -0.1 * white:  # below 0 there is a filter's overshoot at most
         black = 0
@@ -127,7 +127,7 @@ def eight_bit_grey(image):
             white = 255
         elif 4096 <= white <= 65535:
             white = 65535
-    levels = (values.clip(black, white) - black) / max(white - black, 1e-300) * 255
+    levels = 255 * (values.clip(black, white) - black) / max(white - black, 1e-300)
     return Image.fromarray(levels.round().astype(np.uint8))
 
 
@@ -152,8 +152,8 @@ def transform_of(profile, mode):
         transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
         if mode in ("L", "RGB"):
             levels = np.arange(0, 256, 15, dtype=np.uint8)
-            colours = np.stack(np.meshgrid(*[levels] * len(mode)), -1).reshape(len(levels), -1, len(mode)).squeeze(-1)                 if mode == "L" else np.stack(np.meshgrid(levels, levels, levels), -1).reshape(len(levels), -1, 3)
-            samples = Image.fromarray(colours)
+            every = np.stack(np.meshgrid(levels, levels, levels), -1).reshape(len(levels), -1, 3)
+            samples = Image.fromarray(every if mode == "RGB" else levels[None])
             changes = np.asarray(transform.apply(samples), int) - np.asarray(samples.convert("RGB"), int)
             return transform if np.abs(changes).max() > 2 else None
         return transform
@@ -417,6 +417,11 @@ class ImageSet(torch.utils.data.Dataset):
         names = ([record.get("name") for record in self.records] if self.from_sheets else
                  [os.path.relpath(path, self.folder) for path in self.sources])  # without reading their captions
         return json.dumps(names).encode()
+
+    def places(self):
+        """The folders that the images lie in, links resolved."""
+        found = {self.folder} if self.from_sheets else {os.path.dirname(source) for source in self.sources}
+        return {Path(folder).resolve() for folder in found}
 
     def fingerprint(self):
         """SHA-256 of what the images depend on: pixels of our sheets; paths, sizes and dates of files; and the size."""

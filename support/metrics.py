@@ -1,6 +1,5 @@
 """Section 4.1's measures: of pixels, of the use of a codebook, and of what features understand."""
 
-import sys
 from collections import Counter, defaultdict
 
 import torch
@@ -10,6 +9,7 @@ import torch.nn.functional as F
 # import would take longer than all else that it needs.
 from support.files import InputError
 from support.images import eight_bits, resize_to
+from support.networks import lpips_vgg
 from support.text import caption_of, text_of
 
 
@@ -344,14 +344,8 @@ def generation(write, rebuild, encoder, train_images, val_images, count=None, ba
 
 
 def lpips_distance(device):
-    """LPIPS as a function of two batches -> (B,), or None with a sentence when VGG16's weights are not to be had."""
-    import lpips
-
-    try:
-        network = lpips.LPIPS(net="vgg", verbose=False).to(device).eval()
-    except OSError as error:
-        print(f"LPIPS is left out: the weights of VGG16 cannot be fetched ({error})", file=sys.stderr)
-        return None
+    """LPIPS as a function of two batches -> (B,); InputError when VGG16's weights are not to be had."""
+    network = lpips_vgg().to(device).eval()
     return lambda x, y: network(x, y, normalize=True).flatten()  # normalize: they are in [0, 1]
 
 

@@ -43,10 +43,10 @@ def save_figure(figure, path, dpi):
 def free(path, read=(), taken=()):
     """The path, or one with as many _ behind its name as it takes for a picture to harm nobody there.
 
-    Not written over are files that are `read`, whatever they are called, any that was not drawn here, and the names in
-    `taken`, in whatever case.
+    Not written over are files that are `read`, whatever they are called, any that was not drawn here, and the paths in
+    `taken`, whatever the case of their names.
     """
-    path, taken = Path(path), {name.lower() for name in taken}
+    path, taken = Path(path), {other.name.lower() for other in taken}
     while (path.name.lower() in taken or os.path.lexists(path) and not drawn_here(path)
            or any(same_file(each, file) for each in (path, part_of(path)) for file in read)):
         path = path.with_name(f"{path.stem}_{path.suffix}")

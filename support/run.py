@@ -33,7 +33,7 @@ import torch.distributed as dist
 from torch import nn
 from tqdm import tqdm
 
-from support.files import InputError, digest, replace_text, replacing
+from support.files import InputError, digest, keep_apart, replace_text, replacing
 from support.images import TrainingOrder
 from support.metrics import codebook_usage
 from support.pictures import draw_curves
@@ -109,9 +109,14 @@ class Run:
     # --- what a driver sets up ---
 
     def read_images(self, size):
-        """Both splits of --data as images of `size` pixels."""
+        """Both splits of --data as images of `size` pixels; InputError when --out would write over what is read."""
+        out, folders = self.args.out, {name: getattr(self.config, name, None) for name in self.FOLDERS}
+        for place in (out, out / "vqrae"):
+            keep_apart(place, init=self.args.init, **folders)
         self.train_images = open_images(self.config.data, "train", size)
         val_images = open_images(self.config.data, "val", size)
+        if out.resolve() in self.train_images.places() | val_images.places():
+            raise InputError(f"{out} holds images of --data {self.config.data}; choose another --out")
         workers = 0 if self.train_images.from_sheets else min(4, os.cpu_count() or 1)
         self.workers = workers if self.args.workers is None else self.args.workers
         self.fixed["training images"] = len(self.train_images)
@@ -474,7 +479,13 @@ def stop_signals():
 
 @contextmanager
 def one_sentence_errors():
-    """End the program with a sentence, not a traceback, for what the user can mend."""
+    """End the program with a sentence, not a traceback, for what the user can mend.
+
+    What the terminal has no characters for is printed as "?".
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # what stands in its place may be anything
+            stream.reconfigure(errors="replace")
     try:
         yield
     except (InputError, OSError) as error:

@@ -24,8 +24,8 @@ IMAGE_NAME = re.compile(r".*\.(jpg|jpeg|png|webp)", re.IGNORECASE | re.DOTALL)
 
 
 def decode_image(data, name):
-    """What read_image makes of a file with these bytes; JPEG goes through torchvision's decoder."""
-    if data.startswith(b"\xff\xd8"):
+    """What read_image makes of a file with these bytes; JPEG without a profile goes through torchvision's decoder."""
+    if data.startswith(b"\xff\xd8") and b"ICC_PROFILE\0" not in data:
         try:
             encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
             return pixels.to_pil_image(decode_jpeg(encoded, ImageReadMode.RGB, apply_exif_orientation=True))
@@ -140,12 +140,15 @@ class Shards:
 
 def open_images(data, split, size):
     """The images of one split: an ImageSet of a folder, a ShardSet of a folder or pattern of tar shards, or the
-    ShardStream of a URL."""
-    if re.match(r"\w\w+:", str(data)):
-        return ShardStream(data, split, size)
+    ShardStream of a URL. A folder that exists is a folder, whatever its name looks like."""
     folder = Path(data)
-    shards = folder.is_dir() and any(find_shards(half) for half in split_folders(folder, split)[0])
-    return (ShardSet if shards or folder.suffix == ".tar" else ImageSet)(data, split, size)
+    if os.path.isdir(folder):
+        shards = any(find_shards(half) for half in split_folders(folder, split)[0])
+        return (ShardSet if shards else ImageSet)(data, split, size)
+    here = os.path.exists(folder) or ":" in str(folder.parent) and os.path.isdir(folder.parent)
+    if re.match(r"\w\w+:", str(data)) and not here:
+        return ShardStream(data, split, size)
+    return (ShardSet if folder.suffix == ".tar" else ImageSet)(data, split, size)
 
 
 class ShardSet(ImageSet):
@@ -169,6 +172,9 @@ class ShardSet(ImageSet):
 
     def names(self):
         return self.sources.rows["name"][self.sources.images].tobytes()
+
+    def places(self):
+        return {path.parent.resolve() for path in self.sources.paths}
 
     def fingerprint(self):
         digest = hashlib.sha256(str(self.size).encode() + self.sources.images.tobytes())
@@ -200,6 +206,9 @@ class ShardStream(ImageSet, torch.utils.data.IterableDataset):
 
     fingerprint = records.fget  # raises the same InputError
 
+    def places(self):
+        return set()  # they are nowhere here
+
     def names(self):
         return "\n".join(self.sources).encode()
 
@@ -219,8 +228,8 @@ class ShardStream(ImageSet, torch.utils.data.IterableDataset):
             for name, data in stream_shard(self.sources[shard], draw):
                 try:
                     image = decode_image(data, name)
-                except InputError:
-                    unreadable.append(name)
+                except InputError as error:
+                    unreadable.append(str(error))
                     continue
                 yield self.prepare(image, self.size, draw and draw.getrandbits(62)), shard, unreadable
                 found, unreadable = True, []

@@ -67,7 +67,7 @@ def test_16_bit_grey_is_scaled_not_clipped(tmp_path_factory, value):
 
 
 def png(depth, colour, rows, transparent):
-    """The bytes of a PNG of any bit depth, grey or colour (0 or 2), with one transparent value: rows of whole numbers."""
+    """The bytes of a PNG of any bit depth, grey or colour (0 or 2), with one value transparent."""
     def packed(row):
         bits = "".join(f"{value:0{depth}b}" for value in row)
         return bytes(int(bits[i:i + 8].ljust(8, "0"), 2) for i in range(0, len(bits), 8))
@@ -108,8 +108,9 @@ def test_grey_of_floats_up_to_1_is_scaled(values):
 
 @pytest.mark.parametrize("kind", ["TIFF", "PPM"])
 @pytest.mark.parametrize("type_, low, high", [
-    ("f4", 0, 1), ("f4", -0.02, 1.03), ("f4", 0, 255), ("f4", 0.5, 254.5), ("f4", 0, 65535), ("f4", -1, 1), ("f4", 0, 7.5),
-    ("f4", -1e30, 1e30), ("u2", 0, 65535), (">u2", 0, 65535), ("i4", 0, 255), ("i4", 0, 65535), ("i4", 0, 4095),
+    ("f4", 0, 1), ("f4", -0.02, 1.03), ("f4", 0, 255), ("f4", 0.5, 254.5), ("f4", 0, 65535), ("f4", -1, 1),
+    ("f4", 0, 7.5), ("f4", -1e30, 1e30), ("u2", 0, 65535), (">u2", 0, 65535), ("i4", 0, 255), ("i4", 0, 65535),
+    ("i4", 0, 4095),
     ("i4", 0, 2**31 - 1), ("i4", -2**31, 2**31 - 1), ("i4", 0, 1)])
 def test_grey_of_any_type_keeps_its_black_its_white_and_its_order(kind, type_, low, high):
     ramp, file = np.linspace(low, high, 40).astype(type_), io.BytesIO()
@@ -133,8 +134,8 @@ def test_floats_that_are_no_numbers_are_refused_with_the_reason(value):
         read_image("x.tif", file)
 
 
-@pytest.mark.parametrize("mode", ["RGB", "L", "1", "LA", "RGBA", "P", "PA", "CMYK", "YCbCr", "LAB", "HSV", "RGBX", "RGBa",
-                                  "La", "I;16", "I;16B", "I", "F"])
+@pytest.mark.parametrize("mode", ["RGB", "L", "1", "LA", "RGBA", "P", "PA", "CMYK", "YCbCr", "LAB", "HSV", "RGBX",
+                                  "RGBa", "La", "I;16", "I;16B", "I", "F"])
 def test_no_mode_of_pillows_comes_out_black(mode):
     ramp = np.linspace(0, 255, 64).astype(np.uint8)
     image = Image.fromarray(np.stack([ramp[None]] * 3, -1).repeat(4, 0))
@@ -171,8 +172,8 @@ def swapped_profile():
     return profile.replace(b"rXYZ", b"tmp ", 1).replace(b"gXYZ", b"rXYZ", 1).replace(b"tmp ", b"gXYZ", 1)
 
 
-@pytest.mark.parametrize("mode, kind", [("RGB", "PNG"), ("RGB", "JPEG"), ("RGB", "TIFF"), ("RGB", "WEBP"), ("RGBA", "PNG"),
-                                        ("P", "PNG")])
+@pytest.mark.parametrize("mode, kind", [("RGB", "PNG"), ("RGB", "JPEG"), ("RGB", "TIFF"), ("RGB", "WEBP"),
+                                        ("RGBA", "PNG"), ("P", "PNG")])
 def test_a_profile_of_other_primaries_is_applied(mode, kind):
     image, file = Image.new("RGB", (8, 8), (200, 40, 10)), io.BytesIO()
     image = image.quantize(4) if mode == "P" else image.convert(mode)
@@ -183,8 +184,8 @@ def test_a_profile_of_other_primaries_is_applied(mode, kind):
 @given(value=st.integers(30, 255), gamma=st.sampled_from([1.0, 1.8]), kind=st.sampled_from(["L", "LA", "I;16"]))
 def test_a_profile_of_grey_is_applied(value, gamma, kind):
     file = io.BytesIO()
-    image = Image.fromarray(np.full((4, 4), value * 257, np.uint16)) if kind == "I;16" else Image.new("L", (4, 4), value)
-    image = image.convert(kind) if kind == "LA" else image
+    deep = Image.fromarray(np.full((4, 4), value * 257, np.uint16))
+    image = deep if kind == "I;16" else Image.new("L", (4, 4), value).convert(kind)
     image.save(file, "PNG", icc_profile=grey_profile(gamma))
     light = (value / 255) ** gamma
     expected = 255 * (12.92 * light if light <= 0.0031308 else 1.055 * light ** (1 / 2.4) - 0.055)
@@ -419,8 +420,9 @@ def test_pictures_that_were_drawn_here_are_no_data_wherever_they_lie(tmp_path, c
 
 
 @pytest.mark.parametrize("first, second", [
-    ("train", "validation"), ("train", "valid"), ("train", "dev"), ("train", "test"), ("Train", "VAL"), ("train", "eval"),
-    ("training", "holdout"), ("train", "held-out"), ("train2017", "val2017"), ("train_set", "test_set"),
+    ("train", "validation"), ("train", "valid"), ("train", "dev"), ("train", "test"), ("Train", "VAL"),
+    ("train", "eval"), ("training", "holdout"), ("train", "held-out"), ("train2017", "val2017"),
+    ("train_set", "test_set"),
     ("train_images", "validation_images"), ("TRAINING", "testing"), ("train", "Validation-Set")])
 def test_two_folders_of_the_usual_names_are_the_two_splits(first, second, tmp_path):
     some_images(tmp_path / first / "cats", 3)

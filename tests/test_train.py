@@ -15,6 +15,7 @@ import train
 import vqrae
 from conftest import assert_resume_is_exact, make_run, small_model, small_vit, take_steps, without_sizes, write_shards
 from export import save_encoder
+from support.files import InputError
 from support.text import caption_of
 
 
@@ -70,7 +71,8 @@ def test_networks_that_cannot_be_fetched_are_one_sentence_that_names_the_way_out
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     with pytest.raises(SystemExit, match="VGG16 and ConvNeXt-S .* cannot be fetched .*; --perceptual vfm needs no"):
         train.main(short_run + ["--perceptual", "lpips-convnext"])
-    assert sample.lpips_distance(torch.device("cpu")) is None
+    with pytest.raises(InputError, match="VGG16"):
+        sample.lpips_distance(torch.device("cpu"))
 
 
 # --- stage 2 ---
