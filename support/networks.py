@@ -1,4 +1,4 @@
-"""Pretrained networks of others that training and evaluation ask for by name; their weights are fetched on first use."""
+"""Pretrained networks of others, which are asked for by name; their weights are fetched on first use."""
 
 from contextlib import contextmanager
 
