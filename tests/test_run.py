@@ -366,6 +366,7 @@ def test_a_rank_that_dies_ends_the_others_with_a_sentence_and_no_traceback(ar_ru
     script.write_text(patched_update("if run.done == 2 and run.rank == 1: os._exit(3)", ""))
     result = torchrun(script, *ar_run)
     assert result.returncode != 0 and "error: rank 0 of 2 has lost another rank (" in result.stderr
+    assert f'{ROOT / "train.py"}", line' not in result.stderr  # torchrun has a traceback of its own
 
 
 def test_a_batch_that_cannot_be_shared_out_is_a_sentence_from_a_process_that_fails(short_run):
