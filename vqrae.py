@@ -69,9 +69,9 @@ class ViTConfig:
     def __post_init__(self):
         self.mean, self.std = tuple(self.mean), tuple(self.std)  # a JSON file has lists
         check_fields(self, ("image_size", "patch_size", "width", "depth", "heads", "mlp_width"))
-        if self.width % self.heads or self.image_size < self.patch_size:
-            raise InputError(f"width {self.width} must be a multiple of heads {self.heads}, and image_size "
-                             f"{self.image_size} no less than patch_size {self.patch_size}")
+        if self.width % self.heads or self.image_size < self.patch_size or min(self.std) <= 0:
+            raise InputError(f"width {self.width} must be a multiple of heads {self.heads}, image_size "
+                             f"{self.image_size} no less than patch_size {self.patch_size}, and std {self.std} above 0")
         if (self.family not in FAMILIES or self.activation not in ACTIVATIONS
                 or self.final_norm not in ("tokens", "class", "none")):
             raise InputError(f"family {self.family!r}, activation {self.activation!r} or final_norm "
@@ -1176,8 +1176,10 @@ FAMILIES = {
         "image_size": 224, "patch_size": 32, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5,
     }, {"layer_scale": False, "patch_bias": False, "pre_norm": True, "final_norm": "class",
         "mean": (0.48145466, 0.4578275, 0.40821073), "std": (0.26862954, 0.26130258, 0.27577711)}),
-    "intern_vit_6b": (3, "InternVisionModel", {}, {"final_norm": "none"}),  # so called in the 300M's config too
-    "internvl_vision": (4, "InternVLVisionModel", {"hidden_act": "gelu"}, {"final_norm": "none"}),
+    "intern_vit_6b": (3, "InternVisionModel", {  # so called in the 300M's config too
+        "qk_normalization": True, "norm_type": "rms_norm"}, {"final_norm": "none"}),
+    "internvl_vision": (4, "InternVLVisionModel", {"hidden_act": "gelu", "attention_bias": False}, {
+        "final_norm": "none"}),
 }
 
 
@@ -1222,7 +1224,7 @@ def load_encoder(source):
             raise InputError(f"the weights in {folder} have no tensor {missing[0]!r}")
         if any(theirs[part].shape[1:] != theirs[names[0]].shape[1:] or not theirs[part].dim() for part in names):
             raise InputError(f"the weights in {folder}: tensors {', '.join(map(repr, names))} do not fit together")
-        weights[name] = torch.cat([theirs[part].float() for part in names])
+        weights[name] = torch.cat([theirs[part] for part in names])
         if name in ("cls_token", "positions") and weights[name].numel() == ours.numel():
             weights[name] = weights[name].reshape(ours.shape)  # some families store them without the batch dimension
     check_weights(expected, weights, folder)
@@ -1257,7 +1259,7 @@ def load_qwen3(source, codebook_size, image_tokens=0):
     sizes = without_memory(path, "a Qwen3", lambda: VisualLM(LMConfig(**fields, codebook_size=0)))
     config, expected = replace(sizes.config, codebook_size=codebook_size, image_tokens=image_tokens), sizes.state_dict()
     weights = read_checkpoint(folder)
-    ours = {name: weights[qwen3_name(name)].float() for name in expected if qwen3_name(name) in weights}
+    ours = {name: weights[qwen3_name(name)] for name in expected if qwen3_name(name) in weights}
     check_weights(expected, ours, folder)
     model = VisualLM(config)
     codes = model.embedding.weight.detach()[config.text_vocabulary:]
