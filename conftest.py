@@ -18,7 +18,7 @@ import tokenizers
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageCms
 from tokenizers import Tokenizer
 
 import train
@@ -217,6 +217,12 @@ def write_variants(folder):
     clear.save(folder / "rgba.png")
     image.save(folder / "plain.webp", lossless=True)
     return ["rgb.png", "palette.png", "cmyk.tif", "rgba.png", "plain.webp"]
+
+
+def swapped_profile():
+    """The bytes of sRGB's ICC profile with red and green changed for each other."""
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    return profile.replace(b"rXYZ", b"tmp ", 1).replace(b"gXYZ", b"rXYZ", 1).replace(b"tmp ", b"gXYZ", 1)
 
 
 def normalise(images):

@@ -62,12 +62,12 @@ def replacing_all(folder):
             for path in sorted(Path(part).rglob("*")):
                 place = folder / path.relative_to(part)
                 place.mkdir(exist_ok=True) if path.is_dir() else path.replace(place)
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"cannot write into {folder}, perhaps for want of room ({error}); what stood there before is "
+    except (OSError, SafetensorError, InputError) as error:
+        said = re.sub(rf"{re.escape(str(folder))}/[.]part-\w+", lambda found: str(folder), str(error))
+        if isinstance(error, InputError):
+            raise InputError(said) from None
+        raise InputError(f"cannot write into {folder}, perhaps for want of room ({said}); what stood there before is "
                          "kept") from None
-    except InputError as error:
-        part = rf"{re.escape(str(folder))}/[.]part-\w+"
-        raise InputError(re.sub(part, lambda found: str(folder), str(error))) from None
     finally:
         if not was_there and folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms
 
-from conftest import RED, ROOT, seeds, write_variants
+from conftest import RED, ROOT, seeds, swapped_profile, write_variants
 from support.files import InputError
 from support.images import ImageSet, TrainingOrder, eight_bits, held_out, read_image, resize_to, to_rgb
 from support.pictures import draw_curves, save_generated, save_side_by_side
@@ -164,12 +164,6 @@ def grey_profile(gamma):
     header = (bytes(8) + struct.pack(">I", 0x02100000) + b"mntrGRAYXYZ " + bytes(12) + b"acsp" + bytes(28)
               + struct.pack(">3i", 63190, 65536, 54061) + bytes(48))
     return (struct.pack(">I", len(header + table + data)) + header[4:] + table + data)
-
-
-def swapped_profile():
-    """The bytes of sRGB's profile with red and green changed for each other."""
-    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-    return profile.replace(b"rXYZ", b"tmp ", 1).replace(b"gXYZ", b"rXYZ", 1).replace(b"tmp ", b"gXYZ", 1)
 
 
 @pytest.mark.parametrize("mode, kind", [("RGB", "PNG"), ("RGB", "JPEG"), ("RGB", "TIFF"), ("RGB", "WEBP"),

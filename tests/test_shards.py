@@ -1,5 +1,6 @@
 """Images in tar shards: packed by data/imagenet/prepare.py, in WebDataset's layout, or streamed."""
 
+import io
 import json
 import os
 import shutil
@@ -15,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from conftest import command, number_of, pack, write_shards
+from conftest import command, number_of, pack, swapped_profile, write_shards
 from support.files import InputError
 from support.images import TrainingOrder, read_image
 from support.shards import decode_image, open_images
@@ -188,6 +189,47 @@ def test_without_the_webdataset_package_a_pattern_is_a_sentence(monkeypatch):
     monkeypatch.setitem(sys.modules, "webdataset.shardlists", None)
     with pytest.raises(InputError, match="needs a package more: pip install webdataset"):
         open_images("some-{0..3}.tar", "train", 16)
+
+
+@pytest.mark.parametrize("name", ["photos:v2", "file:photos", "http:", "photos.tar", "some{0..3}"])
+@pytest.mark.parametrize("relative", [True, False])
+def test_a_folder_that_exists_is_a_folder_whatever_it_is_called(name, relative, photo_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(photo_folder, tmp_path / name)
+    images = open_images(name if relative else tmp_path / name, "all", 16)
+    assert len(images) == 12 and {record["category"] for record in images.records} == {"class0", "class1"}
+
+
+@pytest.mark.parametrize("pattern", ["some-{000000..000002}.tar", "some-000001.tar"])
+def test_shards_in_a_folder_with_a_colon_are_read_from_disk(pattern, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_shards(tmp_path / "shards:v2", 3, 10)
+    assert len(open_images(f"shards:v2/{pattern}", "all", 16)) == (30 if "{" in pattern else 10)
+    assert len(open_images("shards:v2", "all", 16)) == 30
+
+
+@pytest.mark.parametrize("second", ["validation", "test", "Valid"])
+def test_shards_beside_each_other_in_two_halves_are_the_splits(second, tmp_path):
+    write_shards(tmp_path / "train", 2, 10)
+    write_shards(tmp_path / second, 1, 10)
+    assert [len(open_images(tmp_path, split, 16)) for split in ("train", "val", "all")] == [20, 10, 30]
+
+
+def test_a_jpeg_with_a_profile_is_read_from_a_shard_as_from_a_file():
+    profile, file = swapped_profile(), io.BytesIO()
+    Image.new("RGB", (16, 16), (200, 40, 10)).save(file, "JPEG", icc_profile=profile, quality=95)
+    found = np.asarray(decode_image(file.getvalue(), "x")).astype(int)
+    assert np.abs(found - (40, 200, 10)).max() < 8
+    assert np.array_equal(found, np.asarray(read_image("x", file)))
+
+
+def test_why_an_image_of_a_shard_is_damaged_is_told(tmp_path, capfd):
+    write_shards(tmp_path / "shards", 1, 10)
+    data = (tmp_path / "shards/some-000000.tar").read_bytes()
+    (tmp_path / "shards/some-000000.tar").write_bytes(data.replace(b"IDAT", b"IDOT", 1))
+    images = open_images(tmp_path / "shards", "all", 16)
+    list(images.batches(range(10), 4))
+    assert "00000.seg.PNG as an image: " in capfd.readouterr().err
 
 
 # --- shards behind a URL ---
