@@ -35,7 +35,7 @@ from support.run import choose_device, one_sentence_errors
 from support.settings import fill_in, leave_open, number, refuse_dashes, sampling_flags
 from support.shards import open_images
 from support.text import caption_of
-from unitok import load_language_model, load_tokenizer, zero_shot
+from unitok import load_language_model, load_tokenizer, writes_codes_of, zero_shot
 
 
 def open_model(args, device, load=load_tokenizer):
@@ -48,15 +48,20 @@ def open_model(args, device, load=load_tokenizer):
 def open_generator(folder, device):
     """The VisualLM in a folder, and beside it the VQRAE whose codes it writes."""
     lm, model = load_language_model(folder).to(device), load_tokenizer(folder / "vqrae").to(device)
-    if lm.config.codebook_size != model.config.codebook_size:
-        raise InputError(f"{folder} writes {lm.config.codebook_size} codes and the tokenizer in {folder}/vqrae "
-                         f"has {model.config.codebook_size}; they were not trained together")
+    if not writes_codes_of(lm, model):
+        raise InputError(f"{folder} writes {lm.config.codebook_size} codes, {getattr(lm.config, 'codebooks', 1)} at a "
+                         f"place, and the tokenizer in {folder}/vqrae has {model.config.codebook_size}, "
+                         f"{getattr(model.config, 'codebooks', 1)} at a place; they were not trained together")
     return lm, model
 
 
 def sizes(encoder):
-    """What two encoders must agree in to take each other's place; the two names of InternViT's layout are one."""
-    return {**asdict(encoder.config), "family": encoder.config.family.replace("intern_vit_6b", "internvl_vision")}
+    """What two encoders must agree in to take each other's place.
+
+    The two names of InternViT's layout are one, and where there is a last norm features are read behind it or before.
+    """
+    return {**asdict(encoder.config), "family": encoder.config.family.replace("intern_vit_6b", "internvl_vision"),
+            "final_norm": encoder.config.final_norm == "none"}
 
 
 def swap_encoder(captioner, source, device):
@@ -64,6 +69,7 @@ def swap_encoder(captioner, source, device):
     encoder = vqrae.load_encoder(source)
     if sizes(encoder) != sizes(captioner.encoder):
         raise InputError(f"the encoder of {source} has other sizes than the one the captioner was trained with")
+    encoder.config = captioner.encoder.config  # read where the captioner reads, behind the last norm or before it
     captioner.encoder = encoder.to(device)
 
 
@@ -241,6 +247,7 @@ def evaluate_tokenizer(args, device):
     if args.split == "val" and sizes(teacher) == sizes(model.encoder):
         # A probe is fitted to the training images and asked about held-out ones.
         train_images = open_images(args.data, "train", args.image_size)
+        teacher.config = model.encoder.config  # read where the model reads, behind the last norm or before it
         result["understanding"] = metrics.understanding(model, teacher, train_images, images, args.batch_size, device)
         print_table("features", result["understanding"], 12, 24)
         if getattr(model, "tower", None) is not None:

@@ -576,6 +576,12 @@ class DepthLM(vqrae.VisualLM):
         return torch.stack(codes, dim=1)
 
 
+def writes_codes_of(lm, tokenizer):
+    """Whether a language model writes as many codes, and as many of them at a place, as a tokenizer has."""
+    several = tokenizer.config.codebooks if tokenizer.config.quantizer in QUANTIZERS else 0
+    return (lm.config.codebook_size, getattr(lm.config, "codebooks", 0)) == (tokenizer.config.codebook_size, several)
+
+
 def load_language_model(folder):
     """The VisualLM or DepthLM in a folder, in eval mode; InputError says what is missing or damaged."""
     return (DepthLM if has_codebooks(folder) else vqrae.VisualLM).from_pretrained(folder)
@@ -638,9 +644,6 @@ def new_tokenizer(config, images):
                  codebook_size=config.codebook_size, codebook_dim=config.codebook_dim, quantizer=config.quantizer,
                  beta_side=config.beta_side)
     if isinstance(config, StageOneConfig):
-        if config.contrastive != "none" and config.accumulate > 1:
-            raise InputError("--accumulate would take --contrastive its negatives: a part sees only its own captions; "
-                             "take a smaller --batch-size, or more processes by torchrun")
         tower, text = text_tower(config, images) if config.contrastive != "none" else (None, None)
         model = UniTok(UniTokConfig(**sizes, codebooks=config.codebooks, projection=config.projection,
                                     latent_noise=config.latent_noise, text=tower), text)
@@ -648,6 +651,19 @@ def new_tokenizer(config, images):
         model = vqrae.VQRAE(vqrae.VQRAEConfig(**sizes))
     model.encoder = encoder
     return model
+
+
+def check_supervision(model, config):
+    """InputError when a StageOneConfig asks for captions and the model cannot read them, or not a batch's at once."""
+    if isinstance(config, StageOneConfig) and not isinstance(model, UniTok):
+        raise InputError("the model of --init is a plain VQRAE; --contrastive, --contrastive-weight and "
+                         "--reconstruction-weight are for a UniTok")
+    if getattr(config, "contrastive", "none") != "none":
+        if model.tower is None:
+            raise InputError("--contrastive needs a text tower, and the model of --init was trained without one")
+        if config.accumulate > 1:
+            raise InputError("--accumulate would take --contrastive its negatives: a part sees only its own captions; "
+                             "take a smaller --batch-size, or more processes by torchrun")
 
 
 def text_tower(config, images):

@@ -512,10 +512,7 @@ class VQRAE(nn.Module):
 
     @torch.no_grad()
     def encode(self, images):
-        """Images (B, 3, H, W) in [0, 1] -> features (B, N, d), codes (B, N) int64 (None without a codebook).
-
-        Raises InputError for what is no such images.
-        """
+        """Images (B, 3, H, W) in [0, 1] -> features (B, N, d), codes (B, N) int64 or None; InputError for all else."""
         check_images(images)
         features = self.encoder(images)  # (B, N, d)
         _, indices, _, _ = self.quantizer(self.project_features(features))  # (B, N)
@@ -817,6 +814,8 @@ class LMConfig:
         if self.heads % self.kv_heads or self.head_width % 2:
             raise InputError(f"heads (--heads) {self.heads} must be a multiple of kv_heads {self.kv_heads}, and "
                              f"head_width {self.head_width} even")
+        if self.image_tokens + 2 > self.max_tokens:
+            raise InputError(f"an image of {self.image_tokens} tokens leaves no room for text in {self.max_tokens}")
 
 
 class RMSNorm(nn.Module):
@@ -1066,6 +1065,7 @@ class CaptionerConfig:
 
     def __post_init__(self):
         check_fields(self, ("image_size",))
+        replace(self.lm, image_tokens=(self.image_size // self.encoder.patch_size) ** 2)  # InputError for no room
 
 
 class Captioner(nn.Module):

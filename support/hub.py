@@ -63,9 +63,9 @@ def square_side(value, name):
 
 
 def preprocessor_of(folder):
-    """What a hub folder's preprocessor_config.json says, or the part of a processor_config.json, as a dict; and its path.
+    """What a hub folder's preprocessor_config.json says, or a part of its processor_config.json, and its path.
 
-    The dict is empty where there is neither.
+    A dict, which is empty where there is neither.
     """
     path = folder / "preprocessor_config.json"
     if path.exists():

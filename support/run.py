@@ -80,6 +80,9 @@ class Stage:
     teacher: nn.Module | None = None
 
 
+INIT = "model of --init (SHA-256)"  # among the settings of a run that began with one
+
+
 class Network(NamedTuple):
     """What an update moves: the gradients of its parameters are clipped together, and it sets in at a step."""
 
@@ -347,7 +350,7 @@ class Run:
         self.damaged = bool(reasons)
         if self.damaged and self.rank == 0:
             print(f"cannot read the checkpoint {reasons[0]}; going back to the one before it", file=sys.stderr)
-        for name, value in self.settings().items():
+        for name, value in {INIT: None, **self.settings()}.items():
             if state["settings"].get(name) != value:
                 raise InputError(f"--resume continues a run with its own settings: {name} is "
                                  f"{state['settings'].get(name)!r} in {self.args.out}, not {value!r}")
@@ -368,7 +371,7 @@ class Run:
         """Go to step 0, or to the last checkpoint, as --resume and --overwrite say; InputError when neither may be."""
         args, first = self.args, self.rank == 0  # the first of all ranks writes and speaks
         if args.init:
-            self.fixed["model of --init (SHA-256)"] = digest((args.init / "model.safetensors").read_bytes())
+            self.fixed[INIT] = digest((args.init / "model.safetensors").read_bytes())
         args.out.mkdir(parents=True, exist_ok=True)
         begun = any(path.exists() for path in self.checkpoints)
         if args.resume and begun:
