@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -405,6 +406,26 @@ def test_every_caption_of_a_category_counts_alike_however_long_its_vector(photo_
     share = [record["category"] for record in images.records].count("class0") / len(images)
     assert unitok.zero_shot(model, records, images) == pytest.approx(share) and share not in (0, 1)
     assert unitok.zero_shot(model, records, images, batch_size=2) == pytest.approx(share)
+
+
+@given(pixels=st.floats(0, 3), captions=st.floats(0.1, 3), perceptual=st.floats(0, 3), form=st.sampled_from(
+    ["sigmoid", "softmax"]))
+def test_the_two_supervisions_add_up_by_their_weights(pixels, captions, perceptual, form):
+    model, z_q = with_tower(), torch.randn(2, 16, 12, generator=torch.Generator().manual_seed(0))
+    images = SimpleNamespace(records=[{"caption": "red apple", "style": "noto"}, {}, {"category": "green_car"}])
+    terms = {"mse": torch.tensor(2.0), "perceptual": torch.tensor(3.0)}
+    config = SimpleNamespace(perceptual_weight=perceptual, reconstruction_weight=pixels, contrastive=form,
+                             contrastive_weight=captions)
+    before = 2.0 + 3.0 * perceptual + 0.5  # of stage 1, with 0.5 of the quantizer
+    loss, found = model.supervise(torch.tensor(before), terms, SimpleNamespace(z_q=z_q), config, images, [0, 2])
+    contrastive = model.contrast(z_q, ["red apple", "green car"], form).item()
+    assert found["contrastive"].item() == pytest.approx(contrastive)
+    assert loss.item() == pytest.approx(pixels * (2 + 3 * perceptual) + 0.5 + captions * contrastive, rel=1e-4)
+
+
+def test_the_contrastive_loss_starts_as_siglips():
+    model = with_tower()
+    assert model.log_scale.exp().item() == pytest.approx(10) and model.bias.item() == -10
 
 
 def test_a_text_tower_is_saved_with_its_words(tmp_path):

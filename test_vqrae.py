@@ -234,6 +234,17 @@ def test_codes_with_nothing_to_do_start_again_at_badly_served_tokens_in_proporti
     assert 0.62 < far / len(lengths) < 0.84
 
 
+@given(kinds, seeds)
+@settings(max_examples=5)
+def test_codes_that_started_on_data_are_the_means_of_their_tokens(kind, seed):
+    quantizer, _ = make_quantizer(kind, 5, 3, seed)
+    z = torch.randn(200, 3, generator=torch.Generator().manual_seed(seed))
+    vqrae.start_codebook(quantizer, z, steps=60, generator=torch.Generator().manual_seed(seed))
+    indices = quantizer.search(z)
+    means = torch.stack([z[indices == code].mean(0) for code in range(5)])
+    torch.testing.assert_close(quantizer.lookup(torch.arange(5)).detach(), means, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("channels", [[0], [1], [2], [0, 1], [1, 2]])
 def test_a_patch_is_plain_only_where_all_three_channels_are(channels, monkeypatch):
     model, seen = small_model(codebook_size=8, codebook_dim=24), []
@@ -466,6 +477,15 @@ def test_every_token_writes_its_own_square_of_pixels():
     assert torch.equal(changed, expected)
 
 
+@given(row=st.integers(0, 20), column=st.integers(0, 20), quarter=st.integers(1, 12), data=st.data())
+def test_a_position_is_the_sines_and_cosines_of_row_and_column_at_falling_frequencies(row, column, quarter, data):
+    position = vqrae.sincos_positions(21, 23, 4 * quarter)[0, row * 23 + column]
+    k = data.draw(st.integers(0, quarter - 1))
+    angles = [place / 10000 ** (k / quarter) for place in (row, column)]
+    expected = [wave(angle) for angle in angles for wave in (np.sin, np.cos)]
+    assert position[k::quarter].tolist() == pytest.approx(expected, abs=1e-5)
+
+
 def test_positions_differ_everywhere_and_neighbours_resemble_each_other_most():
     positions = vqrae.sincos_positions(5, 7, 48)[0]
     similarity = (positions @ positions.T).fill_diagonal_(-1)
@@ -588,6 +608,18 @@ def test_a_damaged_model_is_one_sentence_with_its_path(tmp_path, damage, sentenc
     with pytest.raises(InputError, match=sentence) as error:
         vqrae.VQRAE.from_pretrained(folder)
     assert str(folder) in str(error.value)
+
+
+def test_what_is_not_pretrained_starts_small_and_codes_of_simvq_at_length_1():
+    model, lm = small_model(codebook_size=500, codebook_dim=48), vqrae.VisualLM(small_lm().config)
+    for module in model.decoder.modules():
+        if isinstance(module, torch.nn.Linear):
+            assert module.weight.std().item() == pytest.approx(0.02, rel=0.2) and not module.bias.any()
+    for module in lm.modules():
+        if isinstance(module, (torch.nn.Linear, torch.nn.Embedding)):
+            assert module.weight.std().item() == pytest.approx(0.02, rel=0.2)
+    assert model.quantizer.codebook.pow(2).sum(1).mean().item() == pytest.approx(1, rel=0.1)
+    assert (model.feature_mean == 0).all() and (model.feature_std == 1).all()
 
 
 # --- the losses of stage 1: Eq. 2 and Eq. 4 ---
@@ -797,6 +829,25 @@ def test_lecam_compares_with_the_averages_of_earlier_batches_and_remembers_when_
         discriminator.remember(terms["real_logit"], terms["fake_logit"], decay=0.9)
     discriminator.remember(torch.tensor(1.0) + discriminator.real_average, discriminator.fake_average)
     assert discriminator.real_average.item() == pytest.approx(0.19 * a.mean().item() + 0.001, rel=1e-4)
+
+
+@torch.no_grad()
+def test_the_discriminator_is_titoks_layer_by_layer():
+    torch.manual_seed(0)
+    model, x = vqrae.Discriminator(32), torch.rand(2, 3, 40, 32)
+    weights = iter([p.add_(0.1 * torch.randn_like(p)) for p in model.parameters()])
+    expected = F.leaky_relu(F.conv2d(x, next(weights), next(weights), padding=2), 0.1)
+    for channels in (32, 64, 128):
+        expected = F.conv2d(expected, next(weights), next(weights), padding=1)
+        expected = vqrae.BlurHalf(channels)(expected)
+        groups = expected.unflatten(1, (32, -1))
+        mean, variance = groups.mean((2, 3, 4), keepdim=True), groups.var((2, 3, 4), correction=0, keepdim=True)
+        expected = ((groups - mean) / (variance + 1e-5).sqrt()).flatten(1, 2)
+        expected = expected * next(weights).view(-1, 1, 1) + next(weights).view(-1, 1, 1)
+        expected = torch.where(expected > 0, expected, 0.1 * expected)
+    expected = F.leaky_relu(F.conv2d(F.adaptive_max_pool2d(expected, 16), next(weights), next(weights)), 0.1)
+    expected = F.conv2d(expected, next(weights), next(weights), padding=2)
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
 
 
 @given(height=st.integers(16, 70), width=st.integers(16, 70))

@@ -109,6 +109,17 @@ def test_the_nearest_picture_to_one_of_the_gallery_is_itself(seed, d, n):
     assert np.allclose([z[i] @ z[j] for i, j in enumerate(found)], 1, atol=1e-5)
 
 
+@given(seed=seeds, d=st.integers(2, 8), n=st.integers(3, 20))
+def test_the_nearest_picture_is_by_cosine_of_channels_standardised_over_the_gallery(seed, d, n):
+    rng = np.random.default_rng(seed)
+    scale, shift = 10.0 ** rng.integers(-2, 3, d), 10 * rng.standard_normal(d)
+    gallery, features = (rng.standard_normal((count, d)) * scale + shift for count in (n, 5))
+    a, b = ((x - gallery.mean(0)) / gallery.std(0, ddof=1) for x in (features, gallery))
+    cosine = a @ b.T / np.linalg.norm(a, axis=1)[:, None] / np.linalg.norm(b, axis=1)
+    found = nearest(torch.tensor(features), torch.tensor(gallery)).numpy()
+    assert (cosine[np.arange(5), found] >= cosine.max(1) - 1e-3).all()
+
+
 def test_retrieval_counts_names_categories_and_subcategories():
     apple = {"name": "apple", "category": "food", "subcategory": "fruit", "style": "noto"}
     pear, cat = {**apple, "name": "pear"}, {"name": "cat", "category": "animals", "subcategory": "mammals"}
@@ -323,6 +334,9 @@ def test_what_clusters_follow_equals_scikit_learns_contingencies_and_numpys_vari
     centres = np.stack([colour[labels == label].mean(0) for label in labels])
     explained = 1 - ((colour - centres) ** 2).mean(0).sum() / colour.var(0).sum()
     assert found["colour_explained"] == pytest.approx(explained, abs=1e-4)
+    rough = sum((np.diff(images / 255, axis=axis) ** 2).mean((1, 2, 3)) for axis in (2, 3))  # (n,)
+    centres = np.array([rough[labels == label].mean() for label in labels])
+    assert found["roughness_explained"] == pytest.approx(1 - ((rough - centres)**2).mean() / rough.var(), abs=1e-3)
 
 
 def test_clusters_of_which_each_has_one_colour_and_one_category_explain_both():
@@ -361,6 +375,24 @@ def test_a_generator_that_writes_the_very_images_of_the_captions_is_right_and_sh
         assert rows["pictures"] == 12 and rows["generated"] == rows["reconstructed (reference)"]
         assert rows["generated"]["category"] == 1 > rows["shuffled captions (floor)"]["category"]
         assert rows["generated"]["frechet"] == pytest.approx(0, abs=1e-6)
+
+
+@torch.no_grad()
+def test_generated_pictures_are_held_against_held_out_images_and_all_real_ones_are_their_gallery(photo_folder):
+    encoder, photos = small_model().encoder, ImageSet(photo_folder, "all", 16)
+    train_images, val_images = ImageSet(photo_folder, "all", 16), ImageSet(photo_folder, "all", 16)
+    for images, places in ((train_images, range(7)), (val_images, range(7, 12))):
+        images.sources = [photos.sources[place] for place in places]
+    drawn = torch.rand(5, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    found = generation(lambda captions: drawn, lambda x: x, encoder, train_images, val_images, batch_size=3)
+    real = [torch.cat([encoder(x) for x in images.views()]).mean(1) for images in (train_images, val_images)]
+    written, gallery = encoder((drawn * 255).round() / 255).mean(1), torch.cat(real)
+    expected = frechet_distance(written, real[1])
+    right = [(train_images.records + val_images.records)[place]["category"] for place in nearest(written, gallery)]
+    for title, images in (("training captions", train_images), ("held-out captions", val_images)):
+        asked = [images.records[place]["category"] for place in images.spread_places(5)]
+        assert found[title]["generated"]["frechet"] == pytest.approx(expected, rel=1e-3)
+        assert found[title]["generated"]["category"] == np.mean([a == b for a, b in zip(asked, right)])
 
 
 # --- what language models write ---

@@ -304,6 +304,19 @@ def test_generate_writes_a_grid_and_single_pictures_that_a_seed_repeats(written_
     assert Image.open(tmp_path / "a/cat-face-0.png").size == (16, 16)
 
 
+def test_generate_draws_by_the_options_it_was_given_and_every_batch_by_a_seed_of_its_own(written_models, tmp_path,
+                                                                                          monkeypatch):
+    asked, real = [], vqrae.VisualLM.generate
+    monkeypatch.setattr(vqrae.VisualLM, "generate", lambda lm, captions, *options: (
+        asked.append((captions, *options[:5])), real(lm, captions, *options))[1])
+    sample.main(["generate", "cat", "--model", written_models["ar"], "--count", "5", "--batch-size", "2", "--cfg-scale",
+                 "3", "--temperature", "0.75", "--top-k", "5", "--top-p", "0.875", "--seed", "4", "--device", "cpu",
+                 "--out", str(tmp_path)])
+    assert asked == [(["cat"] * count, 3.0, 0.75, 5, 0.875, seed) for count, seed in ((2, 4), (2, 6), (1, 8))]
+    pictures = {(tmp_path / f"cat-{i}.png").read_bytes() for i in range(5)}
+    assert len(pictures) == 5
+
+
 def test_without_a_caption_generate_draws_whatever_comes(written_models, tmp_path):
     sample.main(["generate", "--model", written_models["ar"], "--out", str(tmp_path / "out"), "--device", "cpu"])
     assert len(list((tmp_path / "out").glob("unconditional-*.png"))) == 16

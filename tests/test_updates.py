@@ -1,5 +1,6 @@
 """One update, by hand: parts of a batch, clipping, learning rates, decay, the average, and what a stage hands to it."""
 
+import shutil
 import subprocess
 import time
 from types import SimpleNamespace
@@ -264,6 +265,47 @@ def test_encoder_muon_discriminator_and_all_else_have_rates_of_their_own_and_fol
             [rate] = set(rates["discriminator_optimizer"].values())
             assert rate == pytest.approx(3e-4 * late) and late != factor
     assert all(name.startswith("discriminator.") for name in rates["discriminator_optimizer"])
+
+
+def test_stage_ar_reads_codes_as_they_are_misread_and_writes_them_as_they_are(ar_run, monkeypatch):
+    run, stage = make_run(ar_run + ["--code-noise", "0.25"])
+    asked, packed, pack = [], [], run.model.pack
+    monkeypatch.setattr(train, "misread", lambda codes, most, generator: asked.append(most) or (codes + 1) % 32)
+    monkeypatch.setattr(run.model, "pack", lambda prompts, codes: packed.append(codes) or pack(prompts, codes))
+    take_steps(run, stage, 1)
+    written, read = packed
+    assert asked == [0.25] and torch.equal(read, (written + 1) % 32)
+
+
+@pytest.mark.parametrize("dropout, expected", [("0", {"noto class0", "noto class1"}), ("1", {"class0", "class1"})])
+def test_styles_are_left_out_as_often_as_asked(ar_run, dropout, expected, monkeypatch):
+    run, stage = make_run(ar_run + ["--caption-dropout", "0", "--style-dropout", dropout])
+    for record in run.train_images.records:
+        record["style"] = "noto"
+    asked, prompt = set(), run.model.prompt
+    monkeypatch.setattr(run.model, "prompt", lambda caption: asked.add(caption) or prompt(caption))
+    take_steps(run, stage, 3)
+    assert asked == expected
+
+
+def test_captions_of_a_batch_in_parts_weigh_by_their_tokens(caption_run, photo_folder, tmp_path):
+    for name, new in (("class0", "one"), ("class1", "quite another class of pictures")):
+        shutil.copytree(photo_folder / name, tmp_path / "photos" / new)
+    found = []
+    for parts in ("1", "2", "3"):
+        run, stage = make_run(caption_run + ["--data", str(tmp_path / "photos"), "--accumulate", parts,
+                                             "--max-grad-norm", "1e9", "--precision", "fp32"])
+        [terms] = take_steps(run, stage, 1)
+        found.append((terms["loss"], torch.cat([p.grad.flatten() for p in run.networks[0].parameters])))
+    for loss, gradient in found[1:]:
+        assert loss == pytest.approx(found[0][0], rel=1e-4)
+        torch.testing.assert_close(gradient, found[0][1], rtol=1e-3, atol=1e-6)
+
+
+def test_adamw_has_the_betas_and_the_epsilon_of_the_settings():
+    config = SimpleNamespace(**{**vars(PRESETS["tiny"]["2"]), "betas": (0.7, 0.8), "adam_epsilon": 0.125})
+    optimizer = train.make_optimizers(Place(), config, 1e-3, bf16=False)["optimizer"]
+    assert {(group["betas"], group["eps"]) for group in optimizer.param_groups} == {((0.7, 0.8), 0.125)}
 
 
 # --- decay ---
