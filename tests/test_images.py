@@ -149,21 +149,48 @@ def test_no_mode_of_pillows_comes_out_black(mode):
     assert np.abs(found - ramp[:, None]).max() < 12 or mode == "1"
 
 
+def tag(kind, data):
+    """An element of an ICC profile."""
+    return kind + bytes(4) + data + bytes(-len(data) % 4)
+
+
+def icc_profile(device, colours, connection, **more):
+    """The bytes of an ICC profile of a kind of device, with its colours and those that they are connected to."""
+    tags = {"wtpt": tag(b"XYZ ", struct.pack(">3i", 63190, 65536, 54061)), **more, "cprt": tag(b"text", b"none\0"),
+            "desc": tag(b"desc", struct.pack(">I", 5) + b"some\0" + bytes(78))}
+    table, data = struct.pack(">I", len(tags)), b""
+    for name, content in tags.items():
+        table += name.encode() + struct.pack(">II", 128 + 4 + 12 * len(tags) + len(data), len(content))
+        data += content
+    header = (bytes(4) + struct.pack(">I", 0x02100000) + device + colours + connection + bytes(12) + b"acsp" + bytes(28)
+              + struct.pack(">3i", 63190, 65536, 54061) + bytes(48))
+    return struct.pack(">I", 4 + len(header + table + data)) + header + table + data
+
+
 def grey_profile(gamma):
     """The bytes of an ICC profile of grey with a gamma."""
-    def tag(kind, data):
-        return kind + bytes(4) + data + bytes(-len(data) % 4)
+    return icc_profile(b"mntr", b"GRAY", b"XYZ ", kTRC=tag(b"curv", struct.pack(">IH", 1, round(gamma * 256))))
 
-    tags = [(b"wtpt", tag(b"XYZ ", struct.pack(">3i", 63190, 65536, 54061))),
-            (b"kTRC", tag(b"curv", struct.pack(">IH", 1, round(gamma * 256)))),
-            (b"desc", tag(b"desc", struct.pack(">I", 5) + b"grey\0" + bytes(78))), (b"cprt", tag(b"text", b"none\0"))]
-    table, data, at = struct.pack(">I", len(tags)), b"", 128 + 4 + 12 * len(tags)
-    for name, content in tags:
-        table += name + struct.pack(">II", at + len(data), len(content))
-        data += content
-    header = (bytes(8) + struct.pack(">I", 0x02100000) + b"mntrGRAYXYZ " + bytes(12) + b"acsp" + bytes(28)
-              + struct.pack(">3i", 63190, 65536, 54061) + bytes(48))
-    return (struct.pack(">I", len(header + table + data)) + header[4:] + table + data)
+
+def ink_profile():
+    """The bytes of an ICC profile of four inks by which whatever is printed is darker the less ink there is of it."""
+    identity = struct.pack(">9i", *[65536 * (i % 4 == 0) for i in range(9)])
+    steps = bytes(range(256))
+    inks = [(c + m + y + k) / 4 for c in (0, 1) for m in (0, 1) for y in (0, 1) for k in (0, 1)]
+    corners = b"".join(bytes([round(255 * ink), 128, 128]) for ink in inks)  # L, a, b
+    table = tag(b"mft1", bytes([4, 3, 2, 0]) + identity + 4 * steps + corners + 3 * steps)
+    return icc_profile(b"prtr", b"CMYK", b"Lab ", A2B0=table)
+
+
+@pytest.mark.parametrize("kind", ["TIFF", "JPEG"])
+def test_a_profile_of_inks_is_applied(kind):
+    for ink in (0, 128, 255):
+        file = io.BytesIO()
+        Image.new("CMYK", (16, 16), (ink,) * 4).save(file, kind, icc_profile=ink_profile())
+        lightness = ink / 255 * 100
+        light = ((lightness + 16) / 116) ** 3 if lightness > 8 else lightness / 903.3
+        expected = 255 * (12.92 * light if light <= 0.0031308 else 1.055 * light ** (1 / 2.4) - 0.055)
+        assert np.abs(np.asarray(read_image("x", file)).astype(int) - expected).max() <= 6
 
 
 @pytest.mark.parametrize("mode, kind", [("RGB", "PNG"), ("RGB", "JPEG"), ("RGB", "TIFF"), ("RGB", "WEBP"),

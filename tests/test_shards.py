@@ -93,6 +93,15 @@ def test_without_a_val_folder_the_packing_holds_out_what_a_plain_folder_does(pho
         assert {Path(name).stem: category for name, category in shards.items()} == plain
 
 
+def test_the_packing_takes_validation_for_the_second_split_and_follows_links(fake_imagenet, tmp_path):
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own/train").symlink_to(fake_imagenet / "val")
+    (tmp_path / "own/validation/class").mkdir(parents=True)
+    (tmp_path / "own/validation/class/linked").symlink_to(fake_imagenet / "val/n0001")
+    pack(tmp_path / "own", tmp_path / "out")
+    assert [len(open_images(tmp_path / "out", split, 16)) for split in ("train", "val")] == [100, 20]
+
+
 def test_a_resumed_packing_equals_an_undisturbed_one_byte_for_byte(fake_imagenet, packed, tmp_path):
     arguments = ["data/imagenet/prepare.py", "--source", fake_imagenet, "--out", tmp_path, "--shard-size", "100",
                  "--workers", "2"]

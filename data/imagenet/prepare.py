@@ -39,7 +39,7 @@ from tqdm import tqdm
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 from support.files import InputError, read_json  # noqa: E402
-from support.images import held_out, read_image  # noqa: E402
+from support.images import find_halves, folders_below, held_out, read_image  # noqa: E402
 from support.shards import index_shard  # noqa: E402
 
 
@@ -65,14 +65,12 @@ def parse_args(argv=None):
 
 
 def list_files(folder):
-    """Sorted paths, relative to the folder, of all files below it, without hidden ones."""
-    def fail(error):
-        raise error  # os.walk would pass over a folder that it may not read
-
-    found = []
-    for directory, folders, files in os.walk(folder, onerror=fail):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        found += [os.path.relpath(Path(directory, name), folder) for name in sorted(files) if name[0] != "."]
+    """Paths, relative to the folder, of all files below it, without hidden ones; InputError where it may not look."""
+    refused, found = [], []
+    for directory, _, files in folders_below(folder, refused):
+        found += [os.path.relpath(Path(directory, name), folder) for name in files]
+    for path, reason in refused:
+        raise InputError(f"cannot read {path}: {reason}")
     return found
 
 
@@ -80,9 +78,9 @@ def find_splits(source):
     """The folders and files of each split: {"train": (folder, files), "val": (folder, files)}."""
     if not source.is_dir():
         raise InputError(f"no images at {source}: it is not a folder")
-    halves = {split: source / split for split in ("train", "val")}
-    if all(half.is_dir() for half in halves.values()):
-        splits = {split: (half, list_files(half)) for split, half in halves.items()}
+    halves = find_halves(source)
+    if halves:
+        splits = {split: (half, list_files(half)) for split, half in zip(("train", "val"), halves)}
     else:
         files = list_files(source)
         chosen = held_out(len(files))
