@@ -114,7 +114,8 @@ class ToImages(torch.nn.Module):
 
     def forward(self, indices):
         side = math.isqrt(indices.shape[1])
-        return self.model.paint(self.model.quantizer.lookup(indices), side, side).clamp(0, 1)
+        bottleneck = self.model.project_out(self.model.quantizer.lookup(indices))  # (B, N, d)
+        return self.model.decoder(bottleneck, side, side).clamp(0, 1)
 
 
 def export_onnx(model, side, folder):

@@ -18,6 +18,7 @@ import vqrae
 from conftest import assert_resume_is_exact, make_run, seeds, small_vit, take_steps, text_lm
 from support.files import InputError
 from support.images import ImageSet
+from support.metrics import fit_reading
 from support.text import train_text_tokenizer
 
 kinds = st.sampled_from(list(unitok.QUANTIZERS))
@@ -323,7 +324,7 @@ def test_from_data_the_way_out_starts_where_the_codes_come_closest_to_the_featur
 
 def test_what_is_read_from_codes_is_numpys_least_squares(photo_folder):
     model, images = small_unitok(), ImageSet(photo_folder, "train", 16)
-    model.fit_reading(images, batch_size=4)
+    fit_reading(model, images, batch_size=4)
     with torch.no_grad():
         out = model(torch.cat(list(images.batches(range(len(images)), 4))).float() / 255)
     codes = np.concatenate([out.z_q.flatten(0, 1), np.ones((16 * len(images), 1))], axis=1).astype(np.float64)

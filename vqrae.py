@@ -216,7 +216,7 @@ class Encoder(nn.Module):
 
     def forward(self, images):
         if not torch.compiler.is_compiling():
-            check_images(images, most=0.5)  # resizing goes beyond [0, 1], but not so far
+            check_images(images, most=0.5, wait=False)  # resizing goes beyond [0, 1], but not so far
         for x in self.hidden_states(images):  # (B, [1 +] registers + N, d), none kept but the last
             pass
         x = self.norm(x) if self.config.final_norm == "tokens" else x  # a norm for "class" is only kept to be saved
@@ -502,13 +502,9 @@ class VQRAE(nn.Module):
         features = self.encoder(images)  # Z_I (B, N, d)
         z = self.project_features(features)  # Z^_c (B, N, e)
         z_q, indices, codebook_loss, commitment_loss = self.quantizer(z)  # Z_q (B, N, e), (B, N)
-        reconstruction = self.paint(z_q, *self.grid(images))  # X' (B, 3, H*q/p, W*q/p)
+        bottleneck = self.project_out(z_q.to(features))  # Z_bot (B, N, d)
+        reconstruction = self.decoder(bottleneck, *self.grid(images))  # X' (B, 3, H*q/p, W*q/p)
         return Output(reconstruction, features, indices, codebook_loss, commitment_loss, z, z_q)
-
-    def paint(self, z_q, rows, columns):
-        """Codes in the place of features (B, N, e) -> images (B, 3, rows*q, columns*q), not clamped."""
-        bottleneck = self.project_out(z_q.to(self.project_out.weight.dtype))  # Z_bot (B, N, d)
-        return self.decoder(bottleneck, rows, columns)
 
     @torch.no_grad()
     def encode(self, images):
@@ -527,7 +523,8 @@ class VQRAE(nn.Module):
         if isinstance(self.quantizer, NoQuantizer):
             raise InputError("this model has no codebook, so there are no codes to decode")
         z_q = self.quantizer.lookup(check_codes(indices, *self.quantizer.sizes()))  # (B, N, e)
-        return self.paint(z_q, *rows_and_columns(indices.shape[1], rows)).float().clamp(0, 1)
+        bottleneck = self.project_out(z_q)  # (B, N, d)
+        return self.decoder(bottleneck, *rows_and_columns(indices.shape[1], rows)).float().clamp(0, 1)
 
     @torch.no_grad()
     def start(self, features, patches, codebook_init="data", projection_init="pixels", generator=None):
@@ -909,6 +906,7 @@ def choose(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
     if top_p < 1:
         ordered, order = logits.softmax(1).sort(dim=1, descending=True)
         drop = ordered.cumsum(1) - ordered >= top_p  # what stands before it is enough already
+        drop[:, 0] = False  # also where top_p is 0 in float32
         logits = logits.masked_fill(torch.zeros_like(drop).scatter(1, order, drop), -torch.inf)
     draw = torch.multinomial(logits.softmax(1).cpu(), 1, generator=generator)[:, 0]  # on the CPU: one seed, one picture
     return draw.to(logits.device)
