@@ -6,6 +6,7 @@ Hypothesis draws shapes, seeds and values. What is compared is an independent re
 transformers, scikit-image, scipy, or the lpips package, on random weights; nothing is downloaded.
 """
 
+import copy
 import json
 import os
 import shutil
@@ -16,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import vqrae
 from conftest import (ROOT, SIZES, edit, family_twin, normalise, seeds, small_captioner, small_lm, small_model,
@@ -259,6 +260,60 @@ def test_a_patch_is_plain_only_where_all_three_channels_are(channels, monkeypatc
     assert seen[0] == 2000 and 130 < seen[1] < 270  # of plain ones, a tenth
 
 
+def start_by_multinomial(quantizer, z, steps, generator):
+    """`start_codebook` of plain codes with torch.multinomial, which takes no more than 2^24 tokens."""
+    K = len(quantizer.codebook)
+    quantizer.codebook.copy_(z[torch.randperm(len(z), generator=generator)[:K]])
+    for step in range(steps + 10):
+        indices = (z[:, None] - quantizer.codebook).pow(2).sum(2).argmin(1)
+        counts = torch.bincount(indices, minlength=K)
+        weak = counts < 0.25 * len(z) / K
+        if step >= steps and not weak.any():
+            break
+        centres = torch.stack([z[indices == k].sum(0) / max(1, counts[k]) for k in range(K)])
+        if weak.any():
+            distance = (z - quantizer.codebook[indices]).norm(dim=1).double()
+            centres[weak] = z[torch.multinomial(distance + 1e-12, int(weak.sum()), generator=generator)]
+        quantizer.codebook.copy_(centres)
+
+
+@torch.no_grad()
+@given(K=st.integers(1, 12), steps=st.integers(0, 3), seed=seeds)
+def test_codes_start_again_where_torchs_multinomial_would_let_them(K, steps, seed):
+    quantizer, _ = make_quantizer("vq", K, 3, seed)
+    z = torch.randn(200, 3, generator=torch.Generator().manual_seed(seed)) ** 3
+    z[:120] = z[0]
+    other = copy.deepcopy(quantizer)
+    vqrae.start_codebook(quantizer, z, steps, torch.Generator().manual_seed(seed))
+    start_by_multinomial(other, z, steps, torch.Generator().manual_seed(seed))
+    torch.testing.assert_close(quantizer.codebook, other.codebook, rtol=1e-4, atol=1e-4)
+
+
+def test_codes_start_without_torchs_multinomial_which_takes_no_more_than_2_to_the_24_tokens(monkeypatch):
+    monkeypatch.setattr(torch, "multinomial", None)
+    quantizer, z = make_quantizer("vq", 20, 4, 0)
+    vqrae.start_codebook(quantizer, torch.cat([z, z[:1].expand(200, -1)]))
+    assert len(quantizer.codebook.unique(dim=0)) == 20  # codes drawn from copies of one token were drawn again
+
+
+@pytest.mark.parametrize("quantizer", list(vqrae.QUANTIZERS))
+@pytest.mark.parametrize("projection_init", ["pixels", "features", "random"])
+def test_a_model_can_start_from_images_that_are_all_alike(quantizer, projection_init):
+    for colours in (torch.ones(8, 3), torch.zeros(1, 3), torch.rand(8, 3)):
+        model = small_model(quantizer=quantizer)
+        images = colours[:, :, None, None].expand(-1, -1, 16, 16)
+        with torch.no_grad():
+            features = model.encoder(images).flatten(0, 1)
+        for some in (features, features[:1].expand(64, -1)):  # and when tokens are all alike, too
+            patches = F.unfold(images, 4, stride=4).transpose(1, 2).flatten(0, 1)[:1].expand(len(some), -1)
+            some = torch.cat([some] * 4)
+            model.start(some, torch.cat([patches] * 4), "data", projection_init, torch.Generator().manual_seed(0))
+            out = model(images)
+            F.mse_loss(out.reconstruction, images).backward()
+            assert all(tensor.isfinite().all() for tensor in model.state_dict().values())
+            assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
 def test_a_codebook_larger_than_the_data_is_refused_in_one_sentence():
     with pytest.raises(InputError, match="100 codes cannot start from 64 features"):
         vqrae.start_codebook(*make_quantizer("vq", 100, 4, 0))
@@ -372,8 +427,8 @@ INDEX = "model.safetensors.index.json"
 
 
 @pytest.mark.parametrize("damage, sentence", [
-    (lambda f: edit(f / "config.json", '"use_qk_norm": false', '"use_qk_norm": true'), "q/k norms"),
-    (lambda f: edit(f / "config.json", '"hidden_act": "gelu"', '"hidden_act": "relu"'), "activation other than gelu"),
+    (lambda f: edit(f / "config.json", '"use_qk_norm": false', '"use_qk_norm": true'), "asks for use_qk_norm True"),
+    (lambda f: edit(f / "config.json", '"hidden_act": "gelu"', '"hidden_act": "relu"'), "asks for hidden_act 'relu'"),
     (lambda f: (f / "model.safetensors").rename(f / "model-1.safetensors") and (
         f / INDEX).write_text('{"weight_map": {"x": "model-2.safetensors"}}'),
      "cannot read the weights in .*model-2.safetensors"),
@@ -428,7 +483,7 @@ def test_images_that_do_not_divide_into_patches_are_refused():
     (lambda f: (f / "model.safetensors").unlink(), "cannot read the weights"),
     (lambda f: (f / "config.json").unlink(), "cannot read .*config.json"),
     (lambda f: (f / "config.json").write_text("{"), "not valid JSON"),
-    (lambda f: (f / "config.json").write_text('{"model_type": "dinov2", "hidden_act": "gelu"}'), "lacks 'image_size'"),
+    (lambda f: edit(f / "config.json", '"image_size"', '"size"'), "lacks 'image_size'"),
     (lambda f: (f / "config.json").write_text('{"model_type": "bert"}'), "of type 'bert'"),
     (lambda f: edit(f / "config.json", 'hidden_layers": 2', 'hidden_layers": 3'), "no tensor 'encoder.layer.2"),
     (lambda f: edit(f / "config.json", 'hidden_size": 24', 'hidden_size": 26'), "has shape"),
@@ -591,6 +646,60 @@ def test_the_weightiest_third_of_the_directions_starts_in_full_and_the_rest_at_a
         around = model.project_out.weight.double() @ model.project_in.weight.double()  # (d, d)
     torch.testing.assert_close(around @ around, around, rtol=0, atol=1e-3)
     assert around.trace().item() == pytest.approx(major, abs=1e-3)
+
+
+def test_features_are_read_of_codes_by_the_fitted_reading_and_by_nothing_else():
+    model = small_model()
+    z_q = model(torch.rand(2, 3, 16, 16)).z_q.detach()
+    with pytest.raises(InputError, match="no reading of features"):
+        model.features_of(z_q)
+    model.reading.normal_()
+    torch.testing.assert_close(model.features_of(z_q), z_q @ model.reading[:-1] + model.reading[-1])
+
+
+def test_a_folder_saved_before_there_was_a_reading_is_loaded_as_the_same_model_without_one(saved_model):
+    path, images = saved_model / "model.safetensors", torch.rand(2, 3, 16, 16)
+    expected = small_model()(images).reconstruction
+    save_file({name: tensor for name, tensor in load_file(path).items() if name != "reading"}, path)
+    model = vqrae.VQRAE.from_pretrained(saved_model)
+    assert torch.equal(model(images).reconstruction, expected)
+    with pytest.raises(InputError, match="no reading of features"):
+        model.features_of(model(images).z_q)
+
+
+# Other precisions: how many codes stay as they were, at least, and how far pixels may move.
+PRECISIONS = [(torch.float64, 1.0, 1e-5), (torch.float16, 0.97, 0.01), (torch.bfloat16, 0.85, 0.05)]
+
+
+@torch.no_grad()
+def started_model(model, images):
+    """A model whose projections and codes have started from the tokens of images, so that its codes differ."""
+    features = model.encoder(images).flatten(0, 1)
+    patches = F.unfold(images, 4, stride=4).transpose(1, 2).flatten(0, 1)
+    model.start(features, patches, generator=torch.Generator().manual_seed(0))
+    model.reading.normal_(std=0.1)
+    return model
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype, alike, close", PRECISIONS)
+@pytest.mark.parametrize("quantizer", list(vqrae.QUANTIZERS))
+def test_a_model_in_another_precision_encodes_decodes_and_paints_nearly_alike(quantizer, dtype, alike, close):
+    images = torch.rand(16, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    model = started_model(small_model(quantizer=quantizer), images)
+    other, out = copy.deepcopy(model).to(dtype), model(images)
+    for seen in (images, images.to(dtype)):
+        found = other(seen)
+        assert found.features.dtype == dtype and found.z.dtype == torch.float32  # what the search compares
+        if quantizer == "none":
+            torch.testing.assert_close(found.reconstruction.float(), out.reconstruction, rtol=0, atol=close)
+            continue
+        assert torch.equal(other.encode(seen)[1], found.indices)
+        assert (found.indices == out.indices).float().mean() >= alike
+        torch.testing.assert_close(other.decode(out.indices), model.decode(out.indices), rtol=0, atol=close)
+        torch.testing.assert_close(other.decode(found.indices), found.reconstruction.float().clamp(0, 1), rtol=0,
+                                   atol=close)
+        torch.testing.assert_close(other.features_of(out.z_q).float(), model.features_of(out.z_q), rtol=0, atol=close)
 
 
 @pytest.mark.parametrize("damage, sentence", [
