@@ -113,7 +113,10 @@ def eight_bit_grey(image):
 
     White is what the type says. Where it leaves that open the values do: 1, 255 or 65535, or the largest of them.
     """
-    values = np.asarray(image).astype(np.float64)  # (H, W)
+    values = np.asarray(image)  # (H, W)
+    if image.mode == "I" and image.format == "TIFF" and image.tag_v2.get(339) in (1, (1,)):
+        values = values.view(np.uint32)  # they have no sign, for which PIL has no mode
+    values = values.astype(np.float64)
     if not np.isfinite(values).all():
         raise ValueError("it has values that are no numbers")
     black, white = values.min(), values.max()
@@ -468,5 +471,6 @@ class TrainingOrder:
             order = np.random.default_rng([self.seed, epoch]).permutation(self.count)
             for index in order[done:].tolist():
                 if position % self.ranks == self.rank:
-                    yield index, (self.seed * 2**40 + position) % 2**63
+                    # torch draws by the low 32 bits of this alone, so that the seed must be in them too.
+                    yield index, (self.seed * (2**40 + 2654435761) + position) % 2**63
                 position += 1

@@ -126,6 +126,15 @@ def test_grey_of_any_type_keeps_its_black_its_white_and_its_order(kind, type_, l
         assert len(set(found.tolist())) > 30
 
 
+def test_grey_of_32_bits_without_a_sign_is_in_order():
+    ramp, file = np.linspace(0, 2**32 - 1, 40).astype(np.uint32).view(np.int32), io.BytesIO()
+    Image.fromarray(ramp[None]).save(file, "TIFF")
+    signed, unsigned = (struct.pack("<HHIHH", 339, 3, 1, kind, 0) for kind in (2, 1))
+    assert file.getvalue().count(signed) == 1
+    found = np.asarray(read_image("x", io.BytesIO(file.getvalue().replace(signed, unsigned))))[0, :, 0]
+    assert np.abs(found - np.linspace(0, 255, 40)).max() < 1
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_floats_that_are_no_numbers_are_refused_with_the_reason(value):
     file = io.BytesIO()
