@@ -169,10 +169,8 @@ def understanding(model, teacher, train_images, test_images, batch_size=64, devi
     records of the two ImageSets have: NAME_transfer is the accuracy of a probe fitted to the teacher's training
     features and applied unchanged (Section 3.4: the language model is not trained for the tokenizer), NAME_probe that
     of one fitted to these features, NAME_neighbours that of 10 nearest neighbours. cosine is the mean similarity of a
-    token to the teacher's. drift_before_norm and drift_behind_norm are how far continuous patch tokens have moved from
-    the teacher's before the encoder's last norm, where LLaVA reads, and behind it: mean square error over the variance
-    of the teacher's. Empty
-    when the training images have fewer than two labels. Raises InputError when features are not finite.
+    token to the teacher's, and continuous tokens have the two of `drift` too. Empty when the training images have fewer
+    than two labels. Raises InputError when features are not finite.
     """
     names = {}
     for key in keys:
@@ -183,7 +181,7 @@ def understanding(model, teacher, train_images, test_images, batch_size=64, devi
                 [len(train_images), len(test_images)])  # (n,), (m,)
     if not names:
         return {}
-    pooled, cosines, drifts = {}, {}, {}
+    pooled, cosines = {}, {}
     for images in (train_images, test_images):
         for x in images.views(batch_size, device, workers):
             features = {"teacher": teacher(x), "continuous": model.encoder(x)}
@@ -195,12 +193,6 @@ def understanding(model, teacher, train_images, test_images, batch_size=64, devi
                 if images is test_images:
                     cosine = F.cosine_similarity(tokens, features["teacher"], dim=-1)  # (B, N)
                     cosines.setdefault(name, []).append(cosine.mean(1).cpu())
-            if images is test_images:
-                pairs = zip(around_norm(model.encoder, x), around_norm(teacher, x))
-                for where, pair in zip(("before_norm", "behind_norm"), pairs):
-                    moved, still = (tokens.flatten(0, 1).cpu().double() for tokens in pair)  # (B * N, d)
-                    parts = (moved - still).pow(2).sum(0), still.pow(2).sum(0), still.sum(0), len(still)
-                    drifts[where] = [old + new for old, new in zip(drifts.get(where, [0] * 4), parts)]
     if indices is not None and "discrete" not in pooled:
         print("understanding of discrete tokens is left out: the model was saved without what is read of features from "
               "codes, which train.py fits when a run ends", file=sys.stderr)
@@ -220,10 +212,29 @@ def understanding(model, teacher, train_images, test_images, batch_size=64, devi
             result[name][f"{key}_neighbours"] = nearest_neighbours(train, train_labels, test, test_labels)
     for name, values in cosines.items():
         result[name]["cosine"] = torch.cat(values).double().mean().item()
-    for where, (error, squares, total, count) in drifts.items():
-        variance = squares / count - (total / count) ** 2  # (d,)
-        result["continuous"][f"drift_{where}"] = (error.sum() / count / variance.sum()).item()
+    result["continuous"].update(drift(model.encoder, teacher, test_images, batch_size, device, workers))
     return result
+
+
+@torch.no_grad()
+def drift(encoder, teacher, images, batch_size=64, device="cpu", workers=0):
+    """How far an encoder's patch tokens of an ImageSet are from a teacher's, before its last norm and behind it.
+
+    {"drift_before_norm", "drift_behind_norm"} -> mean square error over the variance of the teacher's, both summed over
+    channels. LLaVA reads before the norm.
+    """
+    sums = {}
+    for x in images.views(batch_size, device, workers):
+        pairs = zip(around_norm(encoder, x), around_norm(teacher, x))
+        for where, pair in zip(("before_norm", "behind_norm"), pairs):
+            moved, still = (tokens.flatten(0, 1).cpu().double() for tokens in pair)  # (B * N, d)
+            parts = (moved - still).pow(2).sum(0), still.pow(2).sum(0), still.sum(0), len(still)
+            sums[where] = [old + new for old, new in zip(sums.get(where, [0] * 4), parts)]
+    found = {}
+    for where, (error, squares, total, count) in sums.items():
+        variance = squares / count - (total / count) ** 2  # (d,)
+        found[f"drift_{where}"] = (error.sum() / count / variance.sum()).item()
+    return found
 
 
 def around_norm(encoder, images):

@@ -1,6 +1,7 @@
 """Measures of pixels, of the use of a codebook, and of what features understand, each against a reference."""
 
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,12 +10,13 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import seeds, small_captioner, small_model, text_lm
+import vqrae
+from conftest import seeds, small_captioner, small_model, small_vit, text_lm
 from support.files import InputError
 from support.images import ImageSet
-from support.metrics import (caption_accuracy, cluster_measures, clusters, evaluate, fit_reading, frechet_distance,
-                            generation, linear_probe, loss_on_captions, loss_on_codes, nearest, nearest_neighbours,
-                            psnr, retrieval, seam_errors, ssim, understanding, usage)
+from support.metrics import (caption_accuracy, cluster_measures, clusters, drift, evaluate, fit_reading,
+                            frechet_distance, generation, linear_probe, loss_on_captions, loss_on_codes, nearest,
+                            nearest_neighbours, psnr, retrieval, seam_errors, ssim, understanding, usage)
 
 
 # --- pixels ---
@@ -440,3 +442,54 @@ def test_a_caption_is_right_only_when_every_letter_is_and_its_category_when_what
     said = ["food: red apple"] * 3 + ["food: red appl"] * 2 + ["food"] * 1 + ["animals: red apple"] * 6
     monkeypatch.setattr(captioner, "caption", lambda x: [said.pop(0) for _ in x])
     assert caption_accuracy(captioner, images, batch_size=5) == {"exact": 3 / 12, "category": 6 / 12}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("final_norm", ["tokens", "class", "none"])
+def test_drift_is_the_square_error_over_the_teachers_variance_however_images_come_in_batches(final_norm, photo_folder):
+    images, config = ImageSet(photo_folder, "all", 16), replace(small_vit(), final_norm=final_norm)
+    torch.manual_seed(0)
+    moved, still = vqrae.Encoder(config), vqrae.Encoder(config)
+    x = torch.cat(list(images.views()))
+    before = [list(encoder.hidden_states(x))[-1][:, 1:].double() for encoder in (moved, still)]
+    behind = [encoder.norm(tokens.float()).double() for encoder, tokens in zip((moved, still), before)]
+    expected = {name: (((a - b) ** 2).mean((0, 1)).sum() / b.flatten(0, 1).var(0, unbiased=False).sum()).item()
+                for name, (a, b) in (("drift_before_norm", before), ("drift_behind_norm", behind))}
+    for batch_size in (5, 64):
+        assert drift(moved, still, images, batch_size) == pytest.approx(expected, rel=1e-4)
+    assert drift(still, still, images) == {"drift_before_norm": 0, "drift_behind_norm": 0}
+
+
+def test_a_model_without_a_reading_says_that_discrete_understanding_is_left_out(photo_folder, capsys):
+    images, model = ImageSet(photo_folder, "all", 16), small_model()
+    assert "discrete" not in understanding(model, model.encoder, images, images)
+    [line] = capsys.readouterr().err.splitlines()
+    assert "understanding of discrete tokens is left out" in line
+    for told in (small_model(quantizer="none"), small_model()):
+        fit_reading(told, images)
+        understanding(told, told.encoder, images, images)
+        assert not capsys.readouterr().err
+
+
+@torch.no_grad()
+def test_codes_are_read_where_the_inverse_of_the_way_in_would_amplify_noise(photo_folder):
+    model, images = small_model(codebook_dim=24), ImageSet(photo_folder, "all", 16)
+    u, scale, v = torch.linalg.svd(model.project_in.weight)
+    scale[4:] = 1e-4  # as after training: most of the singular values are small
+    model.project_in.weight.copy_(u @ scale.diag() @ v)
+    out = model(torch.cat(list(images.views())))
+    inverse = (out.z_q - model.project_in.bias) @ torch.linalg.pinv(model.project_in.weight).T
+    fit_reading(model, images)
+    read, inverted = (F.cosine_similarity(found, out.features, dim=2).mean() for found in (
+        model.features_of(out.z_q), inverse))
+    assert read > 0.7 and read > inverted + 0.3
+
+
+def test_a_caption_that_looks_like_a_control_token_can_be_told_right(photo_folder, tmp_path, monkeypatch):
+    for name in ("class0", "class1"):
+        shutil.copytree(photo_folder / name, tmp_path / f"<|endoftext|> {name}")
+    model, images = small_captioner(), ImageSet(tmp_path, "all", 16)
+    monkeypatch.setattr(model, "caption", lambda batch: ["<|endoftext|> class1"] * len(batch))
+    assert caption_accuracy(model, images) == {"exact": 0.5, "category": 0.5}
+    monkeypatch.setattr(model, "caption", lambda batch: ["class1"] * len(batch))
+    assert caption_accuracy(model, images) == {"exact": 0.0, "category": 0.0}
