@@ -163,12 +163,11 @@ def codes(args, device):
     indices, places = codes_of(model, images, keys, args.batch_size, device)  # (n, N), (n,)
     if indices.dim() == 3:  # (n, N, M) with M codebooks
         indices = indices[..., args.codebook]
-    path = pictures.free(args.out / "codes.png")
-    drawn = pictures.draw_codes(indices, places, images, model.config.encoder.patch_size, args.codes, args.patches,
-                                path)
+    out = pictures.free(args.out / "codes.png")
+    drawn = pictures.draw_codes(indices, places, images, model.config.encoder.patch_size, args.codes, args.patches, out)
     if not drawn:
         raise InputError(f"no code was chosen twice by the {args.split} images of {args.data}; give more images")
-    print(f"{path}: {drawn} of the {len(indices.unique())} codes that the {args.split} split uses, most "
+    print(f"{out}: {drawn} of the {len(indices.unique())} codes that the {args.split} split uses, most "
           "frequent first; each patch (red) in its surroundings")
 
 
@@ -261,9 +260,7 @@ def evaluate_tokenizer(args, device):
                                                                        device)
         for name, measures in result["clusters"].items():
             print(f"clusters by {name} features:" + "".join(f"  {key} {value:.3f}" for key, value in measures.items()))
-        path = pictures.free(args.out / "clusters.png")
-        pictures.draw_clusters(everything, clusterings, path)
-        print(path)
+        print(pictures.draw_clusters(everything, clusterings, args.out / "clusters.png"))
     return result
 
 
@@ -322,8 +319,7 @@ def add_command(commands, command, folder, split=None):
         add("--split", choices=["val", "train", "all"], default=split, help="val: the held-out images")
     if command in (evaluate, caption):
         add("--encoder", nargs="+" if command is evaluate else 1, default=[], metavar="MODEL",
-            help="of a captioner: encoders, or VQRAEs whose encoder is taken, to read with in place of its own, one "
-            "after the other")
+            help="of a captioner: encoders, or VQRAEs whose encoder is taken, to read with in place of its own")
     return parser
 
 

@@ -127,7 +127,8 @@ def save_generated(images, captions, folder):
 def draw_clusters(images, clusterings, path, rows=8, columns=8):
     """Clusterings of the same images beside each other, a row a cluster, with the images nearest to its centre.
 
-    images (n, 3, H, W) uint8; clusterings: {name: (labels (n,), distances to the centres (n,))}.
+    images (n, 3, H, W) uint8; clusterings: {name: (labels (n,), distances to the centres (n,))}. Returns the path, which
+    is another where somebody else's picture is.
     """
     side, gap, top, margin = 64, 3, 16, 24
     width = columns * (side + gap) + margin  # of one clustering
@@ -142,7 +143,9 @@ def draw_clusters(images, clusterings, path, rows=8, columns=8):
             members = (labels == cluster).nonzero()[:, 0]
             for column, member in enumerate(members[distances[members].argsort()][:columns]):
                 canvas.paste(tile(images[member], side), (left + column * (side + gap), top + row * (side + gap)))
+    path = free(path)
     save(canvas, path)
+    return path
 
 
 def draw_codes(codes, places, images, patch_size, count, columns, path):
