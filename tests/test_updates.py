@@ -292,7 +292,7 @@ def test_captions_of_a_batch_in_parts_weigh_by_their_tokens(caption_run, photo_f
     for name, new in (("class0", "one"), ("class1", "quite another class of pictures")):
         shutil.copytree(photo_folder / name, tmp_path / "photos" / new)
     found = []
-    for parts in ("1", "2", "3"):
+    for parts in ("1", "3", "4"):  # in the end each alone
         run, stage = make_run(caption_run + ["--data", str(tmp_path / "photos"), "--accumulate", parts,
                                              "--max-grad-norm", "1e9", "--precision", "fp32"])
         [terms] = take_steps(run, stage, 1)
