@@ -127,8 +127,8 @@ def save_generated(images, captions, folder):
 def draw_clusters(images, clusterings, path, rows=8, columns=8):
     """Clusterings of the same images beside each other, a row a cluster, with the images nearest to its centre.
 
-    images (n, 3, H, W) uint8; clusterings: {name: (labels (n,), distances to the centres (n,))}. Returns the path, which
-    is another where somebody else's picture is.
+    images (n, 3, H, W) uint8; clusterings: {name: (labels (n,), distances to the centres (n,))}. Returns the path, or
+    another where somebody else has a picture there.
     """
     side, gap, top, margin = 64, 3, 16, 24
     width = columns * (side + gap) + margin  # of one clustering
