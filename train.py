@@ -232,7 +232,8 @@ def stage_ar(run, config):
     codes, records = codes_and_records(run, config, tokenizer)
     captions = {split: [caption_of(record) for record in some] for split, some in records.items()}
     if not any(captions["train"]) and run.rank == 0:
-        print("no captions: the images are not in folders of classes, so the model learns to write images unasked")
+        print("no captions: the images are not in folders of classes and have no .txt files beside them, so the model "
+              "learns to write images unasked")
     torch.manual_seed(run.args.seed)  # again: reading images has drawn from it, reading cached codes has not
     tokens = codes["train"].shape[1]
     if run.args.init:
@@ -307,7 +308,8 @@ def stage_caption(run, config):
     train_images, val_images = run.read_images(config.image_size)
     texts = [text_of(record) for record in train_images.records]
     if not any(texts):
-        raise InputError(f"the images in {config.data} have no captions: put them into one folder per class")
+        raise InputError(f"the images in {config.data} have no captions: put them into one folder per class, or a "
+                         "caption for 0.png into 0.txt beside it")
     lm = before.lm if before else language_model(config, texts)
     model = vqrae.Captioner(vqrae.CaptionerConfig(encoder.config, config.image_size, lm.config), lm.text)
     model.encoder, model.lm = encoder.requires_grad_(False), lm

@@ -10,8 +10,9 @@ def fetching(name, instead):
     """InputError, with what to do `instead`, when the weights of a network cannot be fetched."""
     try:
         yield
-    except OSError as error:
-        raise InputError(f"the weights of {name} cannot be fetched ({error}); {instead}") from None
+    except Exception as error:  # no network, a cut transfer, a wrong hash, a damaged file: all have types of their own
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise InputError(f"the weights of {name} cannot be fetched ({reason}); {instead}") from None
 
 
 def lpips_vgg():

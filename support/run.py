@@ -190,7 +190,7 @@ class Run:
 
     def generator(self):
         """What a step draws from: the same at the same step of the same seed, interrupted or not."""
-        seed = (self.args.seed * 2**40 + self.done) % 2**63
+        seed = (self.args.seed * (2**40 + 2654435761) + self.done) % 2**63  # see TrainingOrder
         torch.manual_seed(seed)  # of what draws without a generator, such as noise on latents
         return torch.Generator().manual_seed(seed)
 
