@@ -23,7 +23,7 @@ from conftest import command, edit, small_captioner, small_model, small_vit, wri
 from export import save_encoder
 from presets import SAMPLING
 from support.images import ImageSet, drawn_here, eight_bits
-from support.metrics import evaluate
+from support.metrics import evaluate, fit_reading
 from support.pictures import draw_patch
 from support.text import caption_of
 
@@ -191,6 +191,9 @@ def test_the_frechet_encoder_can_be_shown_larger_images(saved_model, photo_folde
 
 def test_evaluate_measures_understanding_beside_the_teacher(saved_model, photo_folder, encoder_folder, tmp_path,
                                                             capsys):
+    model = vqrae.VQRAE.from_pretrained(saved_model)
+    fit_reading(model, ImageSet(photo_folder, "train", 16))
+    model.save_pretrained(saved_model)
     arguments = ["evaluate", "--model", str(saved_model), "--data", str(photo_folder), "--device", "cpu",
                  "--frechet-encoder", str(encoder_folder), "--teacher"]
     sample.main(arguments + [str(encoder_folder)])
