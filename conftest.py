@@ -149,10 +149,8 @@ def photo_folder(tmp_path_factory):
 
 @pytest.fixture
 def saved_model(tmp_path):
-    """The folder of a `small_model`, with a reading of features from its codes."""
-    model = small_model()
-    model.reading.normal_()
-    model.save_pretrained(tmp_path / "model")
+    """The folder of a `small_model`."""
+    small_model().save_pretrained(tmp_path / "model")
     return tmp_path / "model"
 
 
