@@ -164,6 +164,7 @@ def model_of_init(run, config):
     model = load_tokenizer(run.args.init)
     for name in asdict(config).keys() & set(FIXED_BY_INIT["1"]):
         setattr(config, name, getattr(model.config, name, None))
+    config.encoder = None  # no folder is read, and what the encoder is stands in `run.fixed`
     return model
 
 
