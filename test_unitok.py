@@ -506,20 +506,21 @@ def test_every_choice_trains_and_resumes_bit_identical(extra, short_run, tmp_pat
 
 
 def test_without_a_flag_of_unitok_a_run_is_a_vqraes(short_run):
-    assert type(make_run(short_run).model) is vqrae.VQRAE
+    run, _ = make_run(short_run)
+    assert type(run.model) is vqrae.VQRAE
 
 
 def test_without_captions_no_image_is_asked_for_its_record(short_run, monkeypatch):
-    run = make_run(short_run + ["--quantizer", "mcq", "--codebooks", "4"])
+    run, stage = make_run(short_run + ["--quantizer", "mcq", "--codebooks", "4"])
     monkeypatch.delattr(type(run.train_images), "records")  # as of streamed images, which have none
     run.train_images.__dict__.pop("records", None)
-    take_steps(run, 1)
+    take_steps(run, stage, 1)
 
 
 def test_a_frozen_encoder_stays_as_it_is_beside_captions_too(short_run):
-    run = make_run([*short_run, "--contrastive", "sigmoid"])
+    run, stage = make_run([*short_run, "--contrastive", "sigmoid"])
     before = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
-    take_steps(run, 2)
+    take_steps(run, stage, 2)
     after = run.model.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before if name.startswith("encoder."))
     assert not torch.equal(before["tower.out.weight"], after["tower.out.weight"])
@@ -527,9 +528,9 @@ def test_a_frozen_encoder_stays_as_it_is_beside_captions_too(short_run):
 
 def test_weights_of_the_supervisions_decide_who_learns(short_run):
     def moved(*extra):
-        run = make_run(short_run + ["--contrastive", "sigmoid", "--quantizer-weight", "0", *extra])
+        run, stage = make_run(short_run + ["--contrastive", "sigmoid", "--quantizer-weight", "0", *extra])
         before = {name: p.detach().clone() for name, p in run.model.named_parameters()}
-        take_steps(run, 1)
+        take_steps(run, stage, 1)
         return {name.split(".")[0] for name, p in run.model.named_parameters() if not torch.equal(before[name], p)}
 
     assert moved("--reconstruction-weight", "0", "--weight-decay", "0") == {

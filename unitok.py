@@ -612,10 +612,10 @@ TOWER = vqrae.LMConfig(text_vocabulary=1024, codebook_size=0, width=128, depth=2
                        mlp_width=384)
 
 
-def stage_one_config(config, given, always=False):
-    """A preset's TrainingConfig; or a StageOneConfig when flags `given` ask for what only a UniTok has, or `always`."""
+def stage_one_config(config, given):
+    """A preset's TrainingConfig; a StageOneConfig when the flags `given` ask for what only a UniTok has."""
     asked = given.get("quantizer") in QUANTIZERS or DEFAULTS.keys() & given.keys()
-    return StageOneConfig(**asdict(config), **DEFAULTS) if asked or always else config
+    return StageOneConfig(**asdict(config), **DEFAULTS) if asked else config
 
 
 def new_tokenizer(config, images):

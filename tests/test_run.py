@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 import support.files
 import train
 import vqrae
-from conftest import (ROOT, assert_resume_is_exact, command, log_of, make_run, small_vit, torchrun, weights,
+from conftest import (ROOT, assert_resume_is_exact, begin, command, log_of, make_run, small_vit, torchrun, weights,
                       write_shards)
 from export import save_encoder
 
@@ -119,10 +119,10 @@ def test_control_c_saves_and_exits_cleanly_and_resume_goes_on(short_run, tmp_pat
     assert f"stopped after step {state['done']} " in said
 
 
-def test_a_run_is_not_resumed_on_as_many_other_images(short_run, photo_folder, tmp_path):
-    train.main(short_run)
+def test_a_run_goes_on_when_its_images_have_moved_but_not_on_as_many_other_images(short_run, photo_folder, tmp_path):
+    begin(short_run)
     shutil.copytree(photo_folder, tmp_path / "photos")
-    train.main(short_run + ["--resume", "--data", str(tmp_path / "photos")])  # a folder may move
+    train.main(short_run + ["--resume", "--data", str(tmp_path / "photos")])
     (tmp_path / "photos").rename(tmp_path / "others")
     (tmp_path / "others/class0/0.png").rename(tmp_path / "others/class1/0.png")
     with pytest.raises(SystemExit, match="names of the training images"):
@@ -130,7 +130,7 @@ def test_a_run_is_not_resumed_on_as_many_other_images(short_run, photo_folder, t
 
 
 def test_a_resumed_run_with_another_encoder_is_refused(short_run, tmp_path):
-    train.main(short_run)
+    begin(short_run)
     torch.manual_seed(0)
     save_encoder(vqrae.Encoder(small_vit(width=12)), tmp_path / "other")
     with pytest.raises(SystemExit, match="--resume continues a run with its own settings: encoder is"):
@@ -292,15 +292,16 @@ class Left(Exception):
 def leave(code):
     raise Left
 
-*most, last = json.loads(sys.argv[1])
-leave_ranks, support.run.leave_ranks = support.run.leave_ranks, leave
-for arguments in most:
-    try:
-        train.main(arguments)
-    except Left:  # a rank that is not the first ends its process, which the next run needs
-        pass
-support.run.leave_ranks = leave_ranks
-train.main(last)
+runs, leave_ranks = json.loads(sys.argv[1]), support.run.leave_ranks
+with support.run.process_group("cpu"):
+    for arguments in runs:
+        # A rank that is not the first ends its process with a run; here not before the last of them.
+        support.run.leave_ranks = leave_ranks if arguments is runs[-1] else leave
+        args = train.parse_args(arguments)
+        try:
+            train.train(args, train.settings_for(args, args.stage))
+        except Left:
+            pass
 """
 
 
@@ -365,6 +366,7 @@ def test_a_rank_that_dies_ends_the_others_with_a_sentence_and_no_traceback(ar_ru
     script.write_text(patched_update("if run.done == 2 and run.rank == 1: os._exit(3)", ""))
     result = torchrun(script, *ar_run)
     assert result.returncode != 0 and "error: rank 0 of 2 has lost another rank (" in result.stderr
+    assert f'{ROOT / "train.py"}", line' not in result.stderr  # torchrun has a traceback of its own
 
 
 def test_a_batch_that_cannot_be_shared_out_is_a_sentence_from_a_process_that_fails(short_run):

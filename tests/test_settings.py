@@ -1,12 +1,14 @@
 """Settings: the paper's tables, flags made of them, and what is refused before anything starts."""
 
 import json
+import re
 
 import pytest
 
 import sample
 import train
-from presets import PRESETS
+from presets import FIXED_BY_STAGE_1, PRESETS
+from support.settings import flag
 
 
 # --- presets ---
@@ -109,7 +111,7 @@ def test_a_wrong_argument_of_stage_2_is_one_sentence(second_stage, extra, senten
 @pytest.mark.parametrize("extra, sentence", [
     (["--tokenizer", "/nowhere"], "no model at /nowhere"),
     (["--codebook-size", "9"], "--codebook-size is no setting of --stage ar"),
-    (["--kv-heads", "3"], "--heads 2 must be a multiple of --kv-heads 3"),
+    (["--kv-heads", "3"], "heads .--heads. 2 must be a multiple of kv_heads 3"),
     (["--qwen3", "{tmp}/tokenizer"], "--text-vocabulary is fixed by the checkpoint of --qwen3"),
     (["--init", "/nowhere"], "--init is for --stage 2"),
 ])
@@ -117,3 +119,80 @@ def test_a_wrong_argument_of_stage_ar_is_one_sentence(ar_run, extra, sentence, t
     with pytest.raises(SystemExit, match=sentence) as error:
         train.main(ar_run + [part.format(tmp=tmp_path) for part in extra])
     assert "\n" not in str(error.value)
+
+
+# --- help ---
+
+
+@pytest.fixture
+def helped(capsys, monkeypatch):
+    """A function that gives the lines of --help in 80 columns, behind other arguments."""
+    monkeypatch.setenv("COLUMNS", "80")
+
+    def lines(*arguments):
+        with pytest.raises(SystemExit) as ended:
+            train.main([*arguments, "--help"])
+        assert ended.value.code == 0
+        return capsys.readouterr().out.splitlines()
+
+    return lines
+
+
+def groups_of(lines):
+    """The flags under each title of a --help."""
+    groups = {}
+    for line in lines:
+        if title := re.fullmatch(r"(\w+):", line):
+            groups[title[1]] = []
+        elif shown := re.match(r"  (?:-h, )?(--[\w-]+)", line):
+            list(groups.values())[-1].append(shown[1])
+    return groups
+
+
+@pytest.mark.parametrize("stage, asked", [("1", ["--codebooks", "1"]), ("2", []), ("ar", []), ("caption", [])])
+def test_the_help_of_a_stage_has_the_settings_that_it_prints_and_none_of_other_stages(stage, asked, helped, capsys):
+    groups = groups_of(helped("--stage", stage))
+    train.main(["--stage", stage, "--print-config", *asked])  # with its second supervision, where it can have one
+    printed = {flag(name) for name in json.loads(capsys.readouterr().out)} & {flag(name) for name in train.SETTINGS}
+    assert set().union(*(groups[title] for title in ("images", "optimisation", "model", "loss") if title in groups)
+                       ) == printed
+    assert ("--init" in groups["options"]) == (stage == "2")
+    assert {"--seed", "--out", "--resume", "--workers", "--device", "--precision"} <= set(groups["run"])
+
+
+@pytest.mark.parametrize("stage", ["1", "2", "ar", "caption"])
+def test_every_flag_in_a_help_is_shown_once_and_in_a_group(stage, helped):
+    lines = helped("--stage", stage)
+    groups = groups_of(lines)
+    shown = sum(groups.values(), [])
+    assert len(shown) == len(set(shown)) and len(groups) >= 4 and all(groups.values())
+    assert set(shown) == {word for line in lines for word in re.findall(r"^ +(?:-h, )?(--[a-z0-9-]+)", line)}
+
+
+@pytest.mark.parametrize("stage", ["1", "2", "ar", "caption"])
+def test_the_help_of_a_stage_is_at_most_120_lines_of_80_columns(stage, helped):
+    lines = helped("--stage", stage)
+    assert len(lines) <= 120 and max(map(len, lines)) <= 80
+
+
+def test_help_without_a_stage_tells_what_the_stages_are(helped):
+    lines = helped()
+    assert all(any(f"--stage {stage}" in line for line in lines) for stage in train.STAGES)
+    assert groups_of(lines).keys() <= {"options", "run"}
+
+
+@pytest.mark.parametrize("stage, words, sentence", [
+    ("1", ["--tokenizer", "x"], "--tokenizer is no setting of --stage 1"),
+    ("2", ["--quantizer", "mcq"], "--quantizer is fixed by the model that stage 2 starts from, --init"),
+    ("ar", ["--perceptual", "vfm"], "--perceptual is no setting of --stage ar"),
+    ("caption", ["--caption-dropout", "0.5"], "--caption-dropout is no setting of --stage caption"),
+])
+def test_a_flag_that_a_help_hides_is_refused_with_a_sentence(stage, words, sentence, helped):
+    assert words[0] not in sum(groups_of(helped("--stage", stage)).values(), [])
+    with pytest.raises(SystemExit, match=f"^error: {sentence}$"):
+        train.main(["--stage", stage, *words])
+
+
+def test_no_flag_that_stage_1_has_fixed_is_in_the_help_of_stage_2(helped):
+    shown = sum(groups_of(helped("--stage", "2")).values(), [])
+    assert not set(shown) & {flag(name) for name in FIXED_BY_STAGE_1}

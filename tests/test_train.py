@@ -1,5 +1,6 @@
 """The stages: what trains in each and what stays, from which losses, at which rates."""
 
+import inspect
 import json
 import shutil
 import urllib.error
@@ -13,7 +14,8 @@ from safetensors.torch import load_file
 import sample
 import train
 import vqrae
-from conftest import assert_resume_is_exact, make_run, small_model, small_vit, take_steps, without_sizes, write_shards
+from conftest import (assert_resume_is_exact, begin, make_run, small_model, small_vit, take_steps, without_sizes,
+                      write_shards)
 from export import save_encoder
 from support.text import caption_of
 
@@ -22,12 +24,12 @@ from support.text import caption_of
 
 
 def test_stage_1_leaves_the_encoder_and_the_codebook_bit_identical(short_run, encoder_folder):
-    run = make_run(short_run)
-    run.start()
+    run, stage = make_run(short_run)
+    stage.start()
     frozen = {name: t.clone() for name, t in run.model.state_dict().items()
               if name.startswith("encoder.") or name == "quantizer.codebook"}
     moving = {name: p.detach().clone() for name, p in run.model.named_parameters() if not name.startswith("encoder.")}
-    take_steps(run, 3)
+    take_steps(run, stage, 3)
     for name, tensor in frozen.items():
         assert torch.equal(run.model.state_dict()[name], tensor), name
     reference = vqrae.load_encoder(encoder_folder).state_dict()
@@ -35,6 +37,18 @@ def test_stage_1_leaves_the_encoder_and_the_codebook_bit_identical(short_run, en
     for name, parameter in run.model.named_parameters():
         if name in moving:
             assert not torch.equal(parameter, moving[name]), f"{name} did not train"
+
+
+def test_a_step_of_stage_1_passes_through_two_definitions_from_the_loop_to_the_loss(short_run, monkeypatch):
+    real, ways = vqrae.stage1_loss, []
+
+    def loss(*arguments):
+        ways.append([frame.function for frame in inspect.stack()[1:]])
+        return real(*arguments)
+
+    monkeypatch.setattr(vqrae, "stage1_loss", loss)
+    train.main(short_run)
+    assert len(ways) == 6 and all(way[:3] == ["step", "train", "main"] for way in ways)
 
 
 @pytest.mark.parametrize("quantizer, init", [("vq", "data"), ("vq", "gaussian"), ("simvq", "gaussian"),
@@ -47,9 +61,9 @@ def test_every_quantizer_and_start_trains(short_run, tmp_path, quantizer, init):
 
 
 def test_an_encoder_learning_rate_unfreezes_the_encoder_in_stage_1_too(short_run):
-    run = make_run(short_run + ["--encoder-learning-rate", "1e-3", "--distillation-weight", "1"])
-    run.start()
-    terms = take_steps(run, 2)
+    run, stage = make_run(short_run + ["--encoder-learning-rate", "1e-3", "--distillation-weight", "1"])
+    stage.start()
+    terms = take_steps(run, stage, 2)
     assert terms[0]["distillation"] == 0 < terms[1]["distillation"]
 
 
@@ -68,7 +82,7 @@ def test_networks_that_cannot_be_fetched_are_one_sentence_that_names_the_way_out
 
     monkeypatch.setattr(torch.hub, "urlopen", no_network)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    with pytest.raises(SystemExit, match="VGG16 and ConvNeXt-S .* cannot be fetched .*; --perceptual vfm needs no"):
+    with pytest.raises(SystemExit, match="VGG16.* cannot be fetched .*; --perceptual vfm"):
         train.main(short_run + ["--perceptual", "lpips-convnext"])
     assert sample.lpips_distance(torch.device("cpu")) is None
 
@@ -77,11 +91,11 @@ def test_networks_that_cannot_be_fetched_are_one_sentence_that_names_the_way_out
 
 
 def test_in_stage_2_everything_trains_but_the_teacher_and_the_base_codebook(second_stage, tmp_path):
-    run = make_run(second_stage)
+    run, stage = make_run(second_stage)
     before = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
-    take_steps(run, 3)
+    take_steps(run, stage, 3)
     first = load_file(tmp_path / "first/model.safetensors")
-    for name, tensor in run.teacher.state_dict().items():
+    for name, tensor in stage.teacher.state_dict().items():
         assert torch.equal(tensor, first[f"encoder.{name}"]), f"the teacher's {name} changed"
     for name, tensor in run.model.state_dict().items():
         fixed = name in ("quantizer.codebook", "feature_mean", "feature_std")
@@ -89,55 +103,65 @@ def test_in_stage_2_everything_trains_but_the_teacher_and_the_base_codebook(seco
 
 
 def test_distillation_is_0_at_the_first_step_of_stage_2_and_then_measures_the_way_gone(second_stage):
-    terms = take_steps(make_run(second_stage), 2)
+    terms = take_steps(*make_run(second_stage), 2)
     assert terms[0]["distillation"] == 0 < terms[1]["distillation"]
 
 
 def test_a_batch_in_parts_gives_the_gradient_of_the_whole(second_stage):
     gradients = []
     for parts in ("1", "2", "3", "4"):  # and not always of one size
-        run = make_run(second_stage + ["--accumulate", parts, "--max-grad-norm", "1e9", "--perceptual", "none",
-                                        "--precision", "fp32", "--batch-size", "5"])
-        take_steps(run, 1)
-        gradients.append(torch.cat([p.grad.flatten() for p in run.trained if p.grad is not None]))
+        run, stage = make_run(second_stage + ["--accumulate", parts, "--max-grad-norm", "1e9", "--perceptual", "none",
+                                              "--precision", "fp32", "--batch-size", "5"])
+        take_steps(run, stage, 1)
+        gradients.append(torch.cat([p.grad.flatten() for p in run.model.parameters() if p.grad is not None]))
     for gradient in gradients[1:]:
         torch.testing.assert_close(gradient, gradients[0], rtol=1e-3, atol=1e-6)
 
 
 def test_without_distillation_the_teacher_is_not_asked(second_stage):
-    assert "distillation" not in take_steps(make_run(second_stage + ["--distillation-weight", "0"]), 1)[0]
+    assert "distillation" not in take_steps(*make_run(second_stage + ["--distillation-weight", "0"]), 1)[0]
 
 
 def test_every_part_has_its_own_learning_rate_and_all_fall_by_one_factor(second_stage):
-    run = make_run(second_stage + ["--encoder-learning-rate", "1e-5", "--learning-rate", "1e-4"])
-    take_steps(run, 2)
+    run, stage = make_run(second_stage + ["--encoder-learning-rate", "1e-5", "--learning-rate", "1e-4"])
+    take_steps(run, stage, 2)
     names = {parameter: name for name, parameter in run.model.named_parameters()}
     factor = run.schedule(1)
-    for group in run.optimizers["optimizer"].param_groups:
+    for group in run.kept["optimizer"].param_groups:
         encoder = {names[parameter].startswith("encoder.") for parameter in group["params"]}
         assert len(encoder) == 1 and group["lr"] == pytest.approx(factor * (1e-5 if encoder.pop() else 1e-4))
 
 
+def optimizers_of(run):
+    """The optimizers of the model, by name; a checkpoint must hold them."""
+    optimizers = run.networks[0].optimizers
+    assert all(run.kept[name] is optimizer for name, optimizer in optimizers.items())
+    return optimizers
+
+
 def test_muon_moves_the_matrices_of_new_blocks_and_adamw_all_else_that_trains(second_stage):
-    run = make_run(second_stage)
+    run, _ = make_run(second_stage)
     names = {parameter: name for name, parameter in run.model.named_parameters()}
     moved = {kind: [names[p] for group in optimizer.param_groups for p in group["params"]]
-             for kind, optimizer in run.optimizers.items()}
-    assert sorted(moved["optimizer"] + moved["muon"]) == sorted(names[p] for p in run.trained)
+             for kind, optimizer in optimizers_of(run).items()}
+    trained = [name for name, p in run.model.named_parameters() if p.requires_grad]
+    assert sorted(moved["optimizer"] + moved["muon"]) == sorted(trained)
     assert set(moved["muon"]) == {name for name, p in run.model.decoder.named_parameters(prefix="decoder")
                                   if name.startswith("decoder.blocks") and p.dim() == 2}
-    assert set(make_run(second_stage + ["--muon-learning-rate", "0"]).optimizers) == {"optimizer"}
+    without, _ = make_run(second_stage + ["--muon-learning-rate", "0"])
+    assert optimizers_of(without).keys() == {"optimizer"}
 
 
 def test_the_discriminator_is_untouched_before_its_start_and_trains_after_it(second_stage):
-    run = make_run(second_stage)
-    before = {name: tensor.clone() for name, tensor in run.discriminator.state_dict().items()}
-    terms = take_steps(run, 3)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in run.discriminator.state_dict().items())
+    run, stage = make_run(second_stage)
+    discriminator = run.kept["discriminator"]
+    before = {name: tensor.clone() for name, tensor in discriminator.state_dict().items()}
+    terms = take_steps(run, stage, 3)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in discriminator.state_dict().items())
     assert all("adversarial" not in step and "hinge" not in step for step in terms)
-    terms = take_steps(run, 1)
+    terms = take_steps(run, stage, 1)
     assert "adversarial" in terms[0] and "hinge" in terms[0]
-    assert all(not torch.equal(tensor, before[name]) for name, tensor in run.discriminator.state_dict().items())
+    assert all(not torch.equal(tensor, before[name]) for name, tensor in discriminator.state_dict().items())
 
 
 def test_stage_2_resumes_bit_identical_discriminator_included(second_stage, tmp_path):
@@ -147,9 +171,12 @@ def test_stage_2_resumes_bit_identical_discriminator_included(second_stage, tmp_
         assert torch.equal(tensor, states[1]["discriminator"][name]), name
 
 
-def test_a_second_stage_is_not_resumed_on_another_first_stage(second_stage, short_run, tmp_path):
-    train.main(second_stage)
-    train.main(short_run[:-1] + [str(tmp_path / "other"), "--seed", "1"])
+def test_a_second_stage_is_not_resumed_on_another_first_stage(second_stage, tmp_path):
+    begin(second_stage)
+    model = vqrae.VQRAE.from_pretrained(tmp_path / "first")
+    with torch.no_grad():
+        model.project_in.weight[0, 0] += 1e-3
+    model.save_pretrained(tmp_path / "other")
     with pytest.raises(SystemExit, match="--resume continues a run with its own settings: model of --init"):
         train.main(second_stage + ["--init", str(tmp_path / "other"), "--resume"])
 
@@ -171,31 +198,35 @@ def test_stage_ar_leaves_a_model_that_writes_images_and_all_its_files(ar_run, tm
 
 
 def test_muon_is_for_transformers_that_start_untrained(ar_run, qwen3_with_text):
-    assert set(make_run(ar_run).optimizers) == {"optimizer", "muon"}
-    assert set(make_run(without_sizes(ar_run) + ["--qwen3", str(qwen3_with_text[0])]).optimizers) == {"optimizer"}
+    untrained, _ = make_run(ar_run)
+    assert optimizers_of(untrained).keys() == {"optimizer", "muon"}
+    pretrained, _ = make_run(without_sizes(ar_run) + ["--qwen3", str(qwen3_with_text[0])])
+    assert optimizers_of(pretrained).keys() == {"optimizer"}
 
 
 def test_stage_ar_resumes_bit_identical(ar_run, tmp_path):
     assert_resume_is_exact(ar_run, tmp_path)
 
 
-def test_a_transformer_that_knows_its_images_by_heart_writes_them_when_asked(ar_run):
-    run = make_run(ar_run + ["--steps", "250", "--learning-rate", "1e-2", "--caption-dropout", "0",
-                             "--batch-size", "11", "--code-noise", "0"])
-    for i, record in enumerate(run.records["train"]):
+def test_a_transformer_that_knows_its_images_by_heart_writes_them_when_asked(ar_run, tmp_path):
+    run, stage = make_run(ar_run + ["--steps", "250", "--learning-rate", "1e-2", "--caption-dropout", "0",
+                                    "--batch-size", "11", "--code-noise", "0"])
+    for i, record in enumerate(run.train_images.records):
         record["category"] = f"picture {i}"  # a name for each
-    take_steps(run, 250)
-    captions = [caption_of(record) for record in run.records["train"]]
+    take_steps(run, stage, 250)
+    captions = [caption_of(record) for record in run.train_images.records]
     written = run.model.eval().generate(captions, temperature=0)
-    assert (written == run.codes["train"]).float().mean() > 0.95
+    images = torch.cat(list(run.train_images.views()))
+    _, codes = vqrae.VQRAE.from_pretrained(tmp_path / "tokenizer").encode(images)
+    assert (written == codes).float().mean() > 0.95
 
 
 @pytest.mark.parametrize("dropout, expected", [("0", {"class0", "class1"}), ("1", {""})])
 def test_captions_are_left_out_as_often_as_asked(ar_run, dropout, expected, monkeypatch):
-    run = make_run(ar_run + ["--caption-dropout", dropout])
+    run, stage = make_run(ar_run + ["--caption-dropout", dropout])
     asked, prompt = set(), run.model.prompt
     monkeypatch.setattr(run.model, "prompt", lambda caption: (asked.add(caption), prompt(caption))[1])
-    take_steps(run, 4)
+    take_steps(run, stage, 4)
     assert asked == expected
 
 
@@ -205,7 +236,7 @@ def test_what_is_no_qwen3_is_said_to_be_none(ar_run, tmp_path):
 
 
 def test_stage_ar_does_not_go_on_with_another_tokenizer(ar_run, tmp_path):
-    train.main(ar_run)
+    begin(ar_run)
     small_model(seed=1, codebook_size=32, codebook_dim=8).save_pretrained(tmp_path / "tokenizer")
     with pytest.raises(SystemExit, match="codes of the images"):
         train.main(ar_run + ["--resume"])
@@ -215,9 +246,9 @@ def test_stage_ar_does_not_go_on_with_another_tokenizer(ar_run, tmp_path):
 
 
 def test_stage_caption_trains_all_but_the_encoder(caption_run, encoder_folder):
-    run = make_run(caption_run + ["--learning-rate", "1e-2", "--warmup-steps", "1"])
+    run, stage = make_run(caption_run + ["--learning-rate", "1e-2", "--warmup-steps", "1"])
     before = {name: parameter.detach().clone() for name, parameter in run.model.named_parameters()}
-    take_steps(run, 3)
+    take_steps(run, stage, 3)
     for name, parameter in run.model.named_parameters():
         assert torch.equal(parameter, before[name]) == name.startswith("encoder."), name
     reference = vqrae.load_encoder(encoder_folder).state_dict()
@@ -250,7 +281,7 @@ def test_images_without_captions_cannot_teach_a_captioner(caption_run, tmp_path)
 
 @pytest.mark.parametrize("change", [["--encoder", "{tmp}/other"], ["--data", "{tmp}/renamed"]])
 def test_a_captioner_is_not_resumed_on_another_encoder_or_other_words(caption_run, photo_folder, tmp_path, change):
-    train.main(caption_run)
+    begin(caption_run)
     torch.manual_seed(7)
     save_encoder(vqrae.Encoder(small_vit()), tmp_path / "other")
     shutil.copytree(photo_folder, tmp_path / "renamed")
