@@ -31,6 +31,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from support.files import InputError, digest, replace_text, replacing
@@ -80,6 +81,17 @@ class Stage:
     teacher: nn.Module | None = None
 
 
+class Losses(nn.Module):
+    """A function as the forward pass of a module that holds what it trains, for DistributedDataParallel."""
+
+    def __init__(self, module, losses):
+        super().__init__()
+        self.module, self.losses = module, losses
+
+    def forward(self, *inputs):
+        return self.losses(*inputs)
+
+
 class Network(NamedTuple):
     """What an update moves: the gradients of its parameters are clipped together, and it sets in at a step."""
 
@@ -105,6 +117,7 @@ class Run:
         self.done, self.seconds, self.window, self.counts, self.lines = 0, 0.0, {}, None, []
         self.fixed = {}  # what else must not change between the parts of a run, see `settings`
         self.damaged = False  # whether the last checkpoint is, so that it must not replace the one before it
+        self.exchanges = []  # of gradients, between ranks
 
     # --- what a driver sets up ---
 
@@ -143,6 +156,17 @@ class Run:
     def compiled(self, function):
         """A model or function as it is or, with --compile, as torch makes it quicker."""
         return torch.compile(function) if self.args.compile else function
+
+    def shared(self, module, losses):
+        """A function that makes a loss of a module's output, such that gradients become means over the ranks.
+
+        With several ranks it is DistributedDataParallel's forward, which exchanges gradients while the backward pass
+        still goes on, once a step: in the last of its `parts`. The loss may then flow to no other module that trains.
+        """
+        if self.ranks == 1:
+            return losses
+        self.exchanges.append(DistributedDataParallel(Losses(module, losses), broadcast_buffers=False))
+        return self.exchanges[-1]
 
     # --- ranks ---
 
@@ -199,6 +223,8 @@ class Run:
         length = -(-count // self.config.accumulate)
         for begin in range(0, count, length):
             self.share = (min(begin + length, count) - begin) / count
+            for exchange in self.exchanges:
+                exchange.require_backward_grad_sync = begin + length >= count  # what its no_sync() sets
             yield slice(begin, begin + length)
 
     def backward(self, loss, terms={}, name="loss"):
@@ -217,9 +243,6 @@ class Run:
         """One update of weights and average; InputError, before any weight changes, when a loss is not finite."""
         networks, terms = [network for network in self.networks if self.done >= network.start], self.terms
         for network in networks:
-            # Explicitly, not by DistributedDataParallel, which does it only for what passes its own forward, and here
-            # losses of features, of two networks and of parts of a batch all have gradients.
-            self.over_ranks([p.grad for p in network.parameters if p.grad is not None])
             terms[network.norm_name] = nn.utils.clip_grad_norm_(network.parameters, self.config.max_grad_norm)
         if self.any_rank(not torch.isfinite(torch.stack(list(terms.values()))).all()):  # or the others would wait
             bad = ", ".join(f"{name} {value.item():.4g}" for name, value in terms.items())
