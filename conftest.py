@@ -198,9 +198,9 @@ def qwen3_with_text(qwen3_twin, tmp_path):
 
 def edit(path, old, new):
     """Damage a text file: `new` in place of `old`, which must be there."""
-    text = path.read_text()
+    text = path.read_text(encoding="utf-8")
     assert old in text
-    path.write_text(text.replace(old, new))
+    path.write_text(text.replace(old, new), encoding="utf-8")
 
 
 RED = (200, 40, 10)

@@ -54,8 +54,8 @@ def save_encoder(encoder, folder, dtype=torch.float32):
         weights.update(zip(theirs, (piece.to(dtype).contiguous() for piece in tensor.chunk(len(theirs)))))
     if config.family == "dinov2_with_registers":
         weights["embeddings.mask_token"] = torch.zeros(1, config.width, dtype=dtype)  # its class insists on one
-    (folder / "config.json").write_text(json.dumps(hub_config, indent=2) + "\n")
-    (folder / "preprocessor_config.json").write_text(json.dumps(statistics, indent=2) + "\n")
+    (folder / "config.json").write_text(json.dumps(hub_config, indent=2) + "\n", encoding="utf-8")
+    (folder / "preprocessor_config.json").write_text(json.dumps(statistics, indent=2) + "\n", encoding="utf-8")
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
@@ -68,7 +68,7 @@ def export_tokens(model, images, folder, shard_size=10000, batch_size=64, device
     digest, records, shards = codes_digest(model, images), images.records, []
     folder = Path(folder)
     note, wanted = folder / "digest.txt", f"{digest} in shards of {shard_size}\n"
-    if note.exists() and note.read_text() != wanted:
+    if note.exists() and note.read_text(encoding="utf-8") != wanted:
         raise InputError(f"{folder} holds tokens of another model or other images, or in shards of another size; "
                          "choose another --out")
     for shard, begin in enumerate(tqdm(range(0, len(images), shard_size), desc="tokens", unit="shard")):
@@ -77,7 +77,7 @@ def export_tokens(model, images, folder, shard_size=10000, batch_size=64, device
             keys = range(begin, min(begin + shard_size, len(images)))
             codes_and_places = codes_of(model, images, keys, batch_size, device)
             folder.mkdir(parents=True, exist_ok=True)
-            note.write_text(wanted)
+            note.write_text(wanted, encoding="utf-8")
             write_codes(path, *codes_and_places)
         places = read_safetensors(path)["places"].tolist()
         shards.append({"file": path.name, "images": len(places), "names": [records[i].get("name") for i in places],

@@ -382,7 +382,7 @@ class UniTok(vqrae.VQRAE):
             x = self.quantizer(self.project_features(features))[0]  # (n, e)
             x = F.pad(self.project_out.norm3(x) if attention else x, (0, 1), value=1.0).cpu().double()  # (n, e + 1)
             squares, products = x.T @ x, x.T @ self.standardise(features).cpu().double()
-            back = (torch.linalg.pinv(squares, hermitian=True, rtol=1e-9) @ products).T  # (d, e + 1)
+            back = (torch.linalg.pinv(squares, hermitian=True, rtol=1e-9) @ products).float().T  # (d, e + 1)
             self.project_out.weight.copy_(back[:, :-1])
             self.project_out.bias.copy_(back[:, -1])
 

@@ -37,7 +37,7 @@ def replacing(path):
 def replace_text(path, text):
     """Write a file in one step: whoever reads it, whenever the power fails, meets the old text or the new one."""
     with replacing(path) as part:
-        part.write_text(text)
+        part.write_text(text, encoding="utf-8")
 
 
 def digest(*pieces):
@@ -113,7 +113,7 @@ def save_model(model, folder):
     folder = Path(folder)
     weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     with replacing(folder / "config.json") as config_part, replacing(folder / "model.safetensors") as weights_part:
-        config_part.write_text(json.dumps(asdict(model.config), indent=2) + "\n")
+        config_part.write_text(json.dumps(asdict(model.config), indent=2) + "\n", encoding="utf-8")
         save_file(weights, weights_part)
 
 

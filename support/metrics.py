@@ -155,7 +155,8 @@ def fit_reading(model, images, batch_size=64, device="cpu", workers=0):
         codes = F.pad(out.z_q, (0, 1), value=1.0).flatten(0, 1).cpu().double()  # (B * N, e + 1)
         squares = squares + codes.T @ codes  # (e + 1, e + 1)
         products = products + codes.T @ out.features.flatten(0, 1).cpu().double()  # (e + 1, d)
-    model.reading.copy_(torch.linalg.pinv(squares, hermitian=True, rtol=1e-9) @ products)
+    reading = torch.linalg.pinv(squares, hermitian=True, rtol=1e-9) @ products  # (e + 1, d)
+    model.reading.copy_(reading.to(model.reading.dtype))  # first, for mps knows no float64
 
 
 @torch.no_grad()

@@ -302,7 +302,7 @@ class Run:
         self.lines.append(line)
         metrics = self.args.out / "metrics.jsonl"
         try:
-            with open(metrics, "a") as file:
+            with open(metrics, "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
         except OSError as error:
             raise InputError(f"cannot write {metrics} ({error}); --resume goes on from the last checkpoint") from None
