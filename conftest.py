@@ -25,7 +25,7 @@ import train
 import vqrae
 from export import save_encoder
 from presets import FIXED_BY_QWEN3
-from support.run import Run
+from support.run import Run, choose_device
 from support.text import END_OF_TEXT, START_OF_IMAGE, train_text_tokenizer
 
 # One thread a process, here and in what a test starts: at a test's sizes more of them wait for each other.
@@ -38,6 +38,16 @@ settings.load_profile("repeatable")
 ROOT = Path(__file__).resolve().parent
 
 seeds = st.integers(0, 2**31)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--device", default="cpu", help="what tests/test_device.py computes on: cpu, cuda or mps")
+
+
+@pytest.fixture(scope="session")
+def device(request):
+    """The torch device of --device."""
+    return choose_device(request.config.getoption("--device"))
 
 
 # --- small models, and twins of them in transformers ---
