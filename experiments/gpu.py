@@ -339,10 +339,10 @@ def work(part, place, answer):
 def in_a_process(part, place):
     """The figures of a part as a dict, or a sentence that says why there are none; no later than the end of the time.
 
-    Processes are forked where they can be, before anything has touched the GPU, so that none imports torch anew.
+    On Linux processes are forked, before anything has touched the GPU, so that none imports torch anew; a Mac's GPU
+    does not work in a forked one, and Windows has none.
     """
-    methods = multiprocessing.get_all_start_methods()
-    context = multiprocessing.get_context("fork" if "fork" in methods else "spawn")
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     answer, send = context.Pipe(duplex=False)
     process = context.Process(target=work, args=(part, place, send))
     process.start()
