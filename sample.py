@@ -31,6 +31,7 @@ from support.codes import codes_of
 from support.files import InputError, read_config, read_json
 from support.images import ImageSet, eight_bits, read_image, resize_to
 from support.metrics import lpips_distance
+from support.networks import inception
 from support.run import choose_device, one_sentence_errors
 from support.settings import fill_in, leave_open, number, refuse_dashes, sampling_flags
 from support.shards import open_images
@@ -169,7 +170,8 @@ def codes(args, device):
 
 # Which flags of evaluate are for which kind of model, and which flags of export for which format; others are for all.
 USED_BY = {
-    "tokenizer": ("image_size", "split", "frechet_encoder", "frechet_size", "teacher", "clusters"),
+    "tokenizer": ("image_size", "split", "at", "rfid", "lpips", "frechet_encoder", "frechet_size", "teacher",
+                  "clusters"),
     "generator": ("frechet_encoder", "count", "cfg_scale", "temperature", "top_k", "top_p", "seed"),
     "captioner": ("image_size", "split", "encoder"),
     "hf": (), "tokens": ("data", "split", "image_size", "batch_size", "shard_size"), "onnx": ("image_size",),
@@ -226,9 +228,11 @@ def evaluate_tokenizer(args, device):
     images = open_images(args.data, args.split, args.image_size)
     encoder = vqrae.load_encoder(args.frechet_encoder).to(device)
     teacher = vqrae.load_encoder(args.teacher).to(device)
-    result = metrics.evaluate(model, images, args.batch_size, device, frechet_encoder=encoder,
-                              lpips=lpips_distance(device), frechet_size=args.frechet_size)
-    result = {"split": args.split, **result}
+    result = metrics.evaluate(
+        model, open_images(args.data, args.split, args.at) if args.at else images, args.batch_size, device,
+        frechet_encoder=encoder, frechet_size=args.frechet_size, lpips=lpips_distance(device) if args.lpips else None,
+        rfid=inception(device) if args.rfid else None, model_size=args.image_size if args.at else None)
+    result |= {"split": args.split, "tokens_per_image": (args.image_size // model.config.encoder.patch_size) ** 2}
     if "frechet" in result:  # named after its encoder and never called rFID, which is Inception's
         size = f"_at_{args.frechet_size}_pixels" if args.frechet_size else ""
         result[f"frechet_{Path(args.frechet_encoder).name}{size}"] = result.pop("frechet")
@@ -318,6 +322,10 @@ def add_command(commands, command, folder, split=None):
 def evaluate_flags(parser):
     """What evaluate has beside; --help says of which kind of model, and USED_BY does."""
     add, tiny_vit = parser.add_argument, str(ROOT / "data/tiny_vit")
+    add("--rfid", action="store_true", help="of a tokenizer: the paper's Frechet distance; fetches Inception-v3")
+    add("--lpips", action="store_true", help="of a tokenizer: LPIPS; fetches VGG16")
+    add("--at", type=number(int, most=16384), metavar="PIXELS",
+        help="of a tokenizer: side of the images, if the model shall see them resized to --image-size (as in Table 2)")
     add("--frechet-encoder", default=tiny_vit,
         help="whose mean patch features the Frechet distance compares; it is named after it")
     add("--frechet-size", type=number(int, most=4096), metavar="PIXELS",

@@ -345,6 +345,8 @@ class UniTok(vqrae.VQRAE):
     Indices are (B, N, M) in [0, S) with a quantizer of this file. Raises InputError when sizes do not fit together.
     """
 
+    made_by = "--stage 1 --quantizer mcq makes one"
+
     def __init__(self, config, text=None):
         super().__init__(replace(config, quantizer="none"))  # and now what is other than in a VQRAE
         self.config = config
@@ -425,17 +427,14 @@ class UniTok(vqrae.VQRAE):
             loss = loss + (config.contrastive_weight or 1.0) * terms["contrastive"]
         return loss, terms
 
-    def save_pretrained(self, folder):
-        """Write config.json and model.safetensors, and tokenizer.json for the text tower's text."""
-        super().save_pretrained(folder)
+    def _save_pretrained(self, folder):  # with tokenizer.json beside for the text tower's text
+        super()._save_pretrained(folder)
         if self.tower is not None:
             self.tower.lm.text.save(str(Path(folder) / "tokenizer.json"))
 
     @classmethod
-    def from_pretrained(cls, folder):
-        """Load what `save_pretrained` wrote, in eval mode; InputError says what is missing or damaged."""
-        maker = "--stage 1 --quantizer mcq makes one"
-        model = load_model(folder, "UniTok", maker, lambda saved: cls(UniTokConfig(**{
+    def _from_pretrained(cls, folder):
+        model = load_model(folder, "UniTok", cls.made_by, lambda saved: cls(UniTokConfig(**{
             **saved, "encoder": vqrae.ViTConfig(**saved["encoder"]),
             "text": saved["text"] and vqrae.LMConfig(**saved["text"])})), optional=["reading"])
         if model.tower is not None:
@@ -451,8 +450,9 @@ def has_codebooks(folder):
     return isinstance(saved, dict) and "codebooks" in saved
 
 
-def load_tokenizer(folder):
-    """The VQRAE or UniTok in a folder, in eval mode; InputError says what is missing or damaged."""
+def load_tokenizer(source):
+    """The VQRAE or UniTok in a folder or on the hub, in eval mode; InputError says what is missing or damaged."""
+    folder = vqrae.VQRAE.find(source)
     return (UniTok if has_codebooks(folder) else vqrae.VQRAE).from_pretrained(folder)
 
 
@@ -577,8 +577,9 @@ class DepthLM(vqrae.VisualLM):
         return torch.stack(codes, dim=1)
 
 
-def load_language_model(folder):
-    """The VisualLM or DepthLM in a folder, in eval mode; InputError says what is missing or damaged."""
+def load_language_model(source):
+    """The VisualLM or DepthLM in a folder or on the hub, in eval mode; InputError says what is missing or damaged."""
+    folder = vqrae.VisualLM.find(source)
     return (DepthLM if has_codebooks(folder) else vqrae.VisualLM).from_pretrained(folder)
 
 

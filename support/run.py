@@ -457,8 +457,9 @@ class Run:
         seconds = time.time() - self.begun
         steady = [line["images_per_second"] for line in lines[1:] or lines]  # the first line has torch's warm-up in it
         settings = {name: value for name, value in self.settings().items() if name != "encoder"}
-        summary.update(seconds=seconds, images_per_second=sum(steady) / len(steady), preset=self.args.preset,
-                       device=self.device.type, train_loss=lines[-1]["loss"], **settings)
+        summary.update(seconds=seconds, images_per_second=sum(steady) / len(steady), train_loss=lines[-1]["loss"],
+                       preset=self.args.preset, device=self.device.type,
+                       data=os.path.basename(os.path.normpath(self.config.data)), **settings)
         replace_text(out / "summary.json", json.dumps(summary, indent=2) + "\n")
         print(json.dumps(summary, indent=2))
         print("pictures: " + " and ".join(f"{out}/{name}" for name in (picture, "curves.png") if name))
