@@ -62,7 +62,7 @@ def test_a_device_that_is_not_there_is_one_sentence():
         gpu.main(["--device", "nowhere"])
 
 
-@pytest.mark.parametrize("room, tried", [(100, [64]), (16, [64, 32, 16]), (1, [64, 32, 16, 8, 4, 2, 1])])
+@pytest.mark.parametrize("room, tried", [(100, [8]), (4, [8, 4]), (1, [8, 4, 2, 1])])
 def test_what_does_not_fit_into_the_memory_is_halved_until_it_does(room, tried):
     asked = []
 
@@ -72,7 +72,7 @@ def test_what_does_not_fit_into_the_memory_is_halved_until_it_does(room, tried):
             raise RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")
         return size
 
-    assert gpu.largest_that_fits(measure, 64) == tried[-1] and asked == tried
+    assert gpu.largest_that_fits(measure, 8) == tried[-1] and asked == tried
 
 
 @pytest.mark.parametrize("message", ["CUDA out of memory", "shapes do not fit"])
