@@ -27,7 +27,7 @@ import vqrae  # noqa: E402
 from presets import TINY  # noqa: E402
 from support.benchmark import peak_memory  # noqa: E402
 from support.run import Run  # noqa: E402
-from support.shards import open_images  # noqa: E402
+from support.sets import open_images  # noqa: E402
 
 
 def settings(args):

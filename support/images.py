@@ -4,6 +4,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -14,6 +15,12 @@ from PIL import Image, ImageOps
 from torchvision.transforms import functional as pixels
 
 from support.files import InputError, read_json
+
+
+# What the two halves of a data set are called, in small letters alone; of several the first is taken.
+FIRST_HALF = ("train", "training")
+SECOND_HALF = ("val", "valid", "validation", "dev", "development", "eval", "evaluation", "holdout", "heldout", "test",
+               "testing")
 
 
 def eight_bits(images):
@@ -74,6 +81,17 @@ def find_images(folder):
 def held_out(count):
     """Which of `count` images to validate on where the data do not say: a fixed random twentieth, at least one."""
     return set(np.random.RandomState(0).permutation(count)[:max(1, count // 20)].tolist()) if count > 1 else set()
+
+
+def name_halves(names):
+    """Of the names of folders or splits those of the training and the held-out images, or () if there are no such.
+
+    train and val are these, and whatever else the two are usually called: Training, valid, test_set, val2017.
+    """
+    plain = [re.sub(r"(set|split|data|images)$", "", re.sub(r"[\W\d_]", "", name.lower())) for name in names]
+    ranked = [sorted((words.index(word), name) for word, name in zip(plain, names) if word in words)
+              for words in (FIRST_HALF, SECOND_HALF)]
+    return tuple(half[0][1] for half in ranked) if all(ranked) else ()
 
 
 def split_folders(folder, split):

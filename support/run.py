@@ -38,7 +38,7 @@ from support.files import InputError, digest, replace_text, replacing
 from support.images import TrainingOrder
 from support.metrics import codebook_usage
 from support.pictures import draw_curves
-from support.shards import ShardStream, open_images
+from support.sets import open_images
 
 
 def choose_device(name):
@@ -123,8 +123,8 @@ class Run:
 
     def read_images(self, size):
         """Both splits of --data as images of `size` pixels."""
-        self.train_images = open_images(self.config.data, "train", size)
-        val_images = open_images(self.config.data, "val", size)
+        where, how = self.config.data, (size, self.args.stream, self.args.columns)
+        self.train_images, val_images = open_images(where, "train", *how), open_images(where, "val", *how)
         workers = 0 if self.train_images.from_sheets else min(4, os.cpu_count() or 1)
         self.workers = workers if self.args.workers is None else self.args.workers
         self.fixed["training images"] = len(self.train_images)
@@ -185,6 +185,13 @@ class Run:
         flag = torch.tensor(float(bool(condition)), device=self.device)
         self.over_ranks([flag], "max")
         return bool(flag)
+
+    def of_all_ranks(self, value):
+        """The values that all ranks have, plain ones, as a list."""
+        values = [value] * self.ranks
+        if self.ranks > 1:
+            dist.all_gather_object(values, value)
+        return values
 
     @contextmanager
     def first_rank_first(self):
@@ -339,10 +346,12 @@ class Run:
 
         The first rank writes, and of the log line under way it keeps its own part alone.
         """
+        streams = self.of_all_ranks(self.train_images.state if self.args.stream else {})
         if self.rank > 0:
             return
         state = {"settings": self.settings(), "done": self.done, "seconds": self.seconds, "window": self.window,
                  "counts": self.counts, "lines": self.lines, "rng": torch.get_rng_state(),
+                 "stream": {place: state for part in streams for place, state in part.items()},
                  **{name: part.state_dict() for name, part in self.kept.items()}}
         if self.device.type == "cuda":
             state["cuda_rng"] = torch.cuda.get_rng_state()
@@ -376,6 +385,8 @@ class Run:
         self.done, self.seconds, self.lines = state["done"], state["seconds"], state["lines"]
         self.window = {name: (total.to(self.device), count) for name, (total, count) in state["window"].items()}
         self.counts = None if state["counts"] is None else state["counts"].to(self.device)
+        if self.args.stream:
+            self.train_images.state = state["stream"]
         torch.set_rng_state(state["rng"])
         if "cuda_rng" in state and self.device.type == "cuda":
             torch.cuda.set_rng_state(state["cuda_rng"])
@@ -392,8 +403,8 @@ class Run:
         if args.resume and begun:
             self.load()
             if first:
-                print(f"continuing {args.out} at step {self.done}" + isinstance(self.train_images, ShardStream) * (
-                    ", but not bit for bit: its shards are streamed, and begin again in another order"))
+                print(f"continuing {args.out} at step {self.done}" + self.args.stream * (
+                    ", but not bit for bit: images that waited in the stream's buffer are passed over"))
         elif begun and not args.overwrite:
             raise InputError(f"{args.out} already holds a run: --resume continues it, --overwrite replaces it, and "
                              "another --out leaves it alone")
