@@ -19,7 +19,7 @@ import tokenizers
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageCms
 from tokenizers import Tokenizer
 
 import train
@@ -232,6 +232,12 @@ def write_variants(folder):
     return ["rgb.png", "palette.png", "cmyk.tif", "rgba.png", "plain.webp"]
 
 
+def swapped_profile():
+    """The bytes of sRGB's ICC profile with red and green changed for each other."""
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    return profile.replace(b"rXYZ", b"tmp ", 1).replace(b"gXYZ", b"rXYZ", 1).replace(b"tmp ", b"gXYZ", 1)
+
+
 def normalise(images):
     """By ImageNet's mean and std, as DINOv2 and ConvNeXt expect."""
     mean, std = (torch.tensor(values)[:, None, None] for values in (vqrae.ViTConfig.mean, vqrae.ViTConfig.std))
@@ -266,7 +272,7 @@ def write_tars(folder, count, images):
         with tarfile.open(folder / f"some-{number:06}.tar", "w") as tar:
             for i in range(number * images, (number + 1) * images):
                 sample = {"depth.png": coloured_png(900), "png": coloured_png(i), "seg.png": coloured_png(901),
-                          "cls": b"3", "json": json.dumps(["one", "two"]).encode(), "txt": f" \u00e9t\u00e9 {i}\n".encode()}
+                          "cls": b"3", "json": b'["one", "two"]', "txt": f" \u00e9t\u00e9 {i}\n".encode()}
                 for kind, data in sample.items():
                     for name, content in ((f"v1/._{i:05}.{kind}", b"nothing"), (f"v1/{i:05}.{kind}", data)):
                         member = tarfile.TarInfo(name)
@@ -470,7 +476,7 @@ def wait_for_ranks(launcher, limit):
         for group in [launcher.pid, *(pid for pid, parent in pairs if parent == launcher.pid)]:
             with suppress(ProcessLookupError):
                 os.killpg(group, signal.SIGKILL)
-        launcher.communicate()
+        launcher.wait()
         raise
     return subprocess.CompletedProcess(launcher.args, launcher.returncode, stdout, stderr)
 

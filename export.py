@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from support.codes import codes_digest, codes_of, write_codes
-from support.files import InputError, read_safetensors, replace_text
+from support.files import InputError, read_safetensors, replace_text, replacing_all
 from support.text import caption_of
 from vqrae import FAMILIES, hub_names
 
@@ -21,7 +22,6 @@ def save_encoder(encoder, folder, dtype=torch.float32):
     InternViT is written in the names of transformers' InternVLVisionModel, whichever names it came with.
     """
     config, folder = encoder.config, Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     family = "internvl_vision" if config.family == "intern_vit_6b" else config.family
     column, class_name, _, _ = FAMILIES[family]
     hub_config = {
@@ -54,21 +54,25 @@ def save_encoder(encoder, folder, dtype=torch.float32):
         weights.update(zip(theirs, (piece.to(dtype).contiguous() for piece in tensor.chunk(len(theirs)))))
     if config.family == "dinov2_with_registers":
         weights["embeddings.mask_token"] = torch.zeros(1, config.width, dtype=dtype)  # its class insists on one
-    (folder / "config.json").write_text(json.dumps(hub_config, indent=2) + "\n", encoding="utf-8")
-    (folder / "preprocessor_config.json").write_text(json.dumps(statistics, indent=2) + "\n", encoding="utf-8")
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with replacing_all(folder) as part:
+        replace_text(part / "config.json", json.dumps(hub_config, indent=2) + "\n")
+        replace_text(part / "preprocessor_config.json", json.dumps(statistics, indent=2) + "\n")
+        save_file(weights, part / "model.safetensors", metadata={"format": "pt"})
 
 
 def export_tokens(model, images, folder, shard_size=10000, batch_size=64, device="cpu"):
     """Write the codes of all images of an ImageSet in shards of so many images, and index.json beside them.
 
-    A shard that is there is not written again; InputError when the folder is of other codes, which digest.txt tells.
+    A shard that is there is not written again; InputError when the folder is of other codes, which digest.txt tells,
+    or of something else.
     Returns what index.json says: of each shard its file, and of each image in it name and caption.
     """
     digest, records, shards = codes_digest(model, images), images.records, []
     folder = Path(folder)
     note, wanted = folder / "digest.txt", f"{digest} in shards of {shard_size}\n"
-    if note.exists() and note.read_text(encoding="utf-8") != wanted:
+    if not note.exists() and (folder / "index.json").exists():
+        raise InputError(f"{folder} has an index.json that is not of tokens; choose another --out")
+    if note.exists() and note.read_text("utf-8", "replace") != wanted:
         raise InputError(f"{folder} holds tokens of another model or other images, or in shards of another size; "
                          "choose another --out")
     for shard, begin in enumerate(tqdm(range(0, len(images), shard_size), desc="tokens", unit="shard")):
@@ -76,8 +80,7 @@ def export_tokens(model, images, folder, shard_size=10000, batch_size=64, device
         if not path.exists():
             keys = range(begin, min(begin + shard_size, len(images)))
             codes_and_places = codes_of(model, images, keys, batch_size, device)
-            folder.mkdir(parents=True, exist_ok=True)
-            note.write_text(wanted, encoding="utf-8")
+            replace_text(note, wanted)
             write_codes(path, *codes_and_places)
         places = read_safetensors(path)["places"].tolist()
         shards.append({"file": path.name, "images": len(places), "names": [records[i].get("name") for i in places],
@@ -103,14 +106,16 @@ class ToCodes(torch.nn.Module):
 
 
 class ToImages(torch.nn.Module):
-    """Codes (B, N) -> images (B, 3, H*q/p, W*q/p)."""
+    """Codes (B, N) -> images (B, 3, H*q/p, W*q/p): `VQRAE.decode` without its checks, which are no graph."""
 
     def __init__(self, model):
         super().__init__()
         self.model = model
 
     def forward(self, indices):
-        return self.model.decode(indices)
+        side = math.isqrt(indices.shape[1])
+        bottleneck = self.model.project_out(self.model.quantizer.lookup(indices))  # (B, N, d)
+        return self.model.decoder(bottleneck, side, side).clamp(0, 1)
 
 
 def export_onnx(model, side, folder):

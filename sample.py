@@ -28,7 +28,7 @@ from export import export_onnx, export_tokens, save_encoder
 from presets import ROOT, SAMPLING
 from support import metrics, pictures
 from support.codes import codes_of
-from support.files import InputError, read_config, read_json
+from support.files import InputError, keep_apart, read_config, read_json, replacing_all
 from support.images import ImageSet, eight_bits, read_image, resize_to
 from support.metrics import lpips_distance
 from support.networks import inception
@@ -36,7 +36,7 @@ from support.run import choose_device, one_sentence_errors
 from support.settings import add_set_flags, fill_in, leave_open, number, refuse_dashes, sampling_flags
 from support.sets import open_images
 from support.text import caption_of
-from unitok import load_language_model, load_tokenizer, zero_shot
+from unitok import load_language_model, load_tokenizer, writes_codes_of, zero_shot
 
 
 def open_model(args, device, load=load_tokenizer):
@@ -49,15 +49,20 @@ def open_model(args, device, load=load_tokenizer):
 def open_generator(folder, device):
     """The VisualLM in a folder, and beside it the VQRAE whose codes it writes."""
     lm, model = load_language_model(folder).to(device), load_tokenizer(folder / "vqrae").to(device)
-    if lm.config.codebook_size != model.config.codebook_size:
-        raise InputError(f"{folder} writes {lm.config.codebook_size} codes and the tokenizer in {folder}/vqrae "
-                         f"has {model.config.codebook_size}; they were not trained together")
+    if not writes_codes_of(lm, model):
+        raise InputError(f"{folder} writes {lm.config.codebook_size} codes, {getattr(lm.config, 'codebooks', 1)} at a "
+                         f"place, and the tokenizer in {folder}/vqrae has {model.config.codebook_size}, "
+                         f"{getattr(model.config, 'codebooks', 1)} at a place; they were not trained together")
     return lm, model
 
 
 def sizes(encoder):
-    """What two encoders must agree in to take each other's place; the two names of InternViT's layout are one."""
-    return {**asdict(encoder.config), "family": encoder.config.family.replace("intern_vit_6b", "internvl_vision")}
+    """What two encoders must agree in to take each other's place.
+
+    The two names of InternViT's layout are one, and where there is a last norm features are read behind it or before.
+    """
+    return {**asdict(encoder.config), "family": encoder.config.family.replace("intern_vit_6b", "internvl_vision"),
+            "final_norm": encoder.config.final_norm == "none"}
 
 
 def swap_encoder(captioner, source, device):
@@ -65,6 +70,7 @@ def swap_encoder(captioner, source, device):
     encoder = vqrae.load_encoder(source)
     if sizes(encoder) != sizes(captioner.encoder):
         raise InputError(f"the encoder of {source} has other sizes than the one the captioner was trained with")
+    encoder.config = captioner.encoder.config  # read where the captioner reads, behind the last norm or before it
     captioner.encoder = encoder.to(device)
 
 
@@ -106,20 +112,18 @@ def reconstruct(args, device):
             lm, tokenizer = open_generator(args.generator, device)
             captions = [caption_of(source.records[place]) for place in source.spread_places(24)]
             versions.append(tokenizer.decode(lm.generate(captions, **SAMPLING, seed=0)))
-        pictures.save_side_by_side(versions, args.out / "reconstructions.png")
-        print(f"{args.out}/reconstructions.png")
+        path = pictures.free(args.out / "reconstructions.png")
+        pictures.save_side_by_side(versions, path)
+        print(path)
         return
-    written = set()
+    written = []
     for path, images in read_files(args, device):
         outputs = [model(images).reconstruction for model in models]
-        name = path.stem
-        while name in written:  # a/cat.png and b/cat.png must not share one picture
-            name += "_"
-        written.add(name)
-        pictures.save_side_by_side([images, *outputs], args.out / f"{name}.png", columns=1,
-                                   side=max(256, args.image_size))
+        # a/cat.png and b/cat.png must not share one picture, nor any take the place of what is read.
+        written.append(pictures.free(args.out / f"{path.stem}.png", args.images, written))
+        pictures.save_side_by_side([images, *outputs], written[-1], columns=1, side=max(256, args.image_size))
         scores = [metrics.psnr(resize_to(images, y), eight_bits(y)).item() for y in outputs]
-        print(f"{args.out / name}.png: PSNR {', '.join(f'{score:.2f}' for score in scores)} dB")
+        print(f"{written[-1]}: PSNR {', '.join(f'{score:.2f}' for score in scores)} dB")
 
 
 def write(args, lm, model, captions):
@@ -139,8 +143,8 @@ def generate(args, device):
     captions = args.captions or [""]
     count = args.count or (4 if args.captions else 16)
     drawn = write(args, lm, model, [caption for caption in captions for _ in range(count)])  # (n, 3, H, W)
-    pictures.save_generated(drawn, captions, args.out)
-    print(f"{args.out}/grid.png and {len(drawn)} single pictures beside it")
+    grid = pictures.save_generated(drawn, captions, args.out)
+    print(f"{grid} and {len(drawn)} single pictures beside it")
 
 
 def caption(args, device):
@@ -165,11 +169,11 @@ def codes(args, device):
     indices, places = codes_of(model, images, keys, args.batch_size, device)  # (n, N), (n,)
     if indices.dim() == 3:  # (n, N, M) with M codebooks
         indices = indices[..., args.codebook]
-    drawn = pictures.draw_codes(indices, places, images, model.config.encoder.patch_size, args.codes, args.patches,
-                                args.out / "codes.png")
+    out = pictures.free(args.out / "codes.png")
+    drawn = pictures.draw_codes(indices, places, images, model.config.encoder.patch_size, args.codes, args.patches, out)
     if not drawn:
         raise InputError(f"no code was chosen twice by the {args.split} images of {args.data}; give more images")
-    print(f"{args.out}/codes.png: {drawn} of the {len(indices.unique())} codes that the {args.split} split uses, most "
+    print(f"{out}: {drawn} of the {len(indices.unique())} codes that the {args.split} split uses, most "
           "frequent first; each patch (red) in its surroundings")
 
 
@@ -194,12 +198,16 @@ def export(args, device):
     if args.format != "hf" and model.config.quantizer == "none":
         raise InputError(f"the model in {args.model} has no codes (--quantizer none)")
     if args.format == "hf":
-        save_encoder(model.encoder, args.out / "encoder")
-        model.save_pretrained(args.out / "tokenizer")
+        for place in ("encoder", "tokenizer"):
+            keep_apart(args.out / place, model=args.model)
+        with replacing_all(args.out) as part:
+            save_encoder(model.encoder, part / "encoder")
+            model.save_pretrained(part / "tokenizer")
         class_name = read_json(args.out / "encoder/config.json")["architectures"][0]
         print(f"{args.out}/encoder: for transformers.{class_name}.from_pretrained; {args.out}/tokenizer: for "
               f"{type(model).__module__}.{type(model).__name__}.from_pretrained")
     elif args.format == "tokens":
+        keep_apart(args.out, model=args.model, data=args.data)
         images = images_of(args, args.split, args.image_size)
         index = export_tokens(model, images, args.out, args.shard_size, args.batch_size, device)
         print(f"{args.out}/index.json: {sum(shard['images'] for shard in index['shards'])} images of "
@@ -208,7 +216,8 @@ def export(args, device):
         if model.config.quantizer not in vqrae.QUANTIZERS:
             raise InputError(f"--format onnx is for models of VQRAE's quantizers; the one in {args.model} is "
                              f"{model.config.quantizer}")
-        worst = export_onnx(model.cpu(), args.image_size, args.out)
+        with replacing_all(args.out) as part:
+            worst = export_onnx(model.cpu(), args.image_size, part)
         print(f"{args.out}/encode.onnx and decode.onnx, for batches of {args.image_size} x {args.image_size} pixels: "
               f"onnxruntime's codes equal torch's, and its images to within {worst:.1e}")
 
@@ -246,6 +255,7 @@ def evaluate_tokenizer(args, device):
     if args.split == "val" and sizes(teacher) == sizes(model.encoder):
         # A probe is fitted to the training images and asked about held-out ones.
         train_images = images_of(args, "train", args.image_size)
+        teacher.config = model.encoder.config  # read where the model reads, behind the last norm or before it
         result["understanding"] = metrics.understanding(model, teacher, train_images, images, args.batch_size, device)
         print_table("features", result["understanding"], 12, 24)
         if getattr(model, "tower", None) is not None:
@@ -259,8 +269,7 @@ def evaluate_tokenizer(args, device):
                                                                        device)
         for name, measures in result["clusters"].items():
             print(f"clusters by {name} features:" + "".join(f"  {key} {value:.3f}" for key, value in measures.items()))
-        pictures.draw_clusters(everything, clusterings, args.out / "clusters.png")
-        print(f"{args.out}/clusters.png")
+        print(pictures.draw_clusters(everything, clusterings, args.out / "clusters.png"))
     return result
 
 
@@ -320,8 +329,7 @@ def add_command(commands, command, folder, split=None):
         add("--split", choices=["val", "train", "all"], default=split, help="val: the held-out images")
     if command in (evaluate, caption):
         add("--encoder", nargs="+" if command is evaluate else 1, default=[], metavar="MODEL",
-            help="of a captioner: encoders, or VQRAEs whose encoder is taken, to read with in place of its own, one "
-            "after the other")
+            help="of a captioner: encoders, or VQRAEs whose encoder is taken, to read with in place of its own")
     return parser
 
 
@@ -329,7 +337,6 @@ def evaluate_flags(parser):
     """What evaluate has beside; --help says of which kind of model, and USED_BY does."""
     add, tiny_vit = parser.add_argument, str(ROOT / "data/tiny_vit")
     add("--rfid", action="store_true", help="of a tokenizer: the paper's Frechet distance; fetches Inception-v3")
-    add("--lpips", action="store_true", help="of a tokenizer: LPIPS; fetches VGG16")
     add("--at", type=number(int, most=16384), metavar="PIXELS",
         help="of a tokenizer: side of the images, if the model shall see them resized to --image-size (as in Table 2)")
     add("--frechet-encoder", default=tiny_vit,
@@ -337,6 +344,7 @@ def evaluate_flags(parser):
     add("--frechet-size", type=number(int, most=4096), metavar="PIXELS",
         help="of a tokenizer: side at which that encoder sees images (default: its own); a larger one shows it finer "
         "detail")
+    add("--lpips", action="store_true", help="of a tokenizer: LPIPS too; VGG16's weights are fetched on first use")
     add("--teacher", default=tiny_vit,
         help="of a tokenizer: the frozen encoder that it was trained from, for the linear probes")
     add("--clusters", type=number(int), nargs="?", const=24, metavar="K",

@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ import vqrae
 from conftest import assert_resume_is_exact, make_run, seeds, small_vit, take_steps, text_lm
 from support.files import InputError
 from support.images import ImageSet
+from support.metrics import fit_reading
 from support.text import train_text_tokenizer
 
 kinds = st.sampled_from(list(unitok.QUANTIZERS))
@@ -322,7 +324,7 @@ def test_from_data_the_way_out_starts_where_the_codes_come_closest_to_the_featur
 
 def test_what_is_read_from_codes_is_numpys_least_squares(photo_folder):
     model, images = small_unitok(), ImageSet(photo_folder, "train", 16)
-    model.fit_reading(images, batch_size=4)
+    fit_reading(model, images, batch_size=4)
     with torch.no_grad():
         out = model(torch.cat(list(images.batches(range(len(images)), 4))).float() / 255)
     codes = np.concatenate([out.z_q.flatten(0, 1), np.ones((16 * len(images), 1))], axis=1).astype(np.float64)
@@ -391,6 +393,40 @@ def test_zero_shot_asks_which_categorys_captions_are_nearest(photo_folder, monke
     assert unitok.zero_shot(model, records, images, batch_size=3) == 1.0
     seen = iter("class0" for _ in truth)
     assert unitok.zero_shot(model, records, images) == pytest.approx(truth.count("class0") / len(truth))
+
+
+def test_every_caption_of_a_category_counts_alike_however_long_its_vector(photo_folder, monkeypatch):
+    images, model = ImageSet(photo_folder, "train", 16), with_tower()
+    axes = torch.eye(24)
+    texts = {"ape": 100 * axes[0], "bear": axes[1], "cat": 2 * axes[0] + axes[1]}
+    monkeypatch.setattr(model.tower, "forward", lambda captions: torch.stack([texts[name] for name in captions]))
+    monkeypatch.setattr(model, "summarise", lambda z_q: (axes[0] + axes[1]).expand(len(z_q), -1))
+    records = [{"category": "class0", "caption": "ape"}, {"category": "class0", "caption": "bear"},
+               {"category": "class1", "caption": "cat"}]
+    # Halfway between ape and bear as unit vectors; by their sum the ape alone would decide, and the cat be nearer.
+    share = [record["category"] for record in images.records].count("class0") / len(images)
+    assert unitok.zero_shot(model, records, images) == pytest.approx(share) and share not in (0, 1)
+    assert unitok.zero_shot(model, records, images, batch_size=2) == pytest.approx(share)
+
+
+@given(pixels=st.floats(0, 3), captions=st.floats(0.1, 3), perceptual=st.floats(0, 3), form=st.sampled_from(
+    ["sigmoid", "softmax"]))
+def test_the_two_supervisions_add_up_by_their_weights(pixels, captions, perceptual, form):
+    model, z_q = with_tower(), torch.randn(2, 16, 12, generator=torch.Generator().manual_seed(0))
+    images = SimpleNamespace(records=[{"caption": "red apple", "style": "noto"}, {}, {"category": "green_car"}])
+    terms = {"mse": torch.tensor(2.0), "perceptual": torch.tensor(3.0)}
+    config = SimpleNamespace(perceptual_weight=perceptual, reconstruction_weight=pixels, contrastive=form,
+                             contrastive_weight=captions)
+    before = 2.0 + 3.0 * perceptual + 0.5  # of stage 1, with 0.5 of the quantizer
+    loss, found = model.supervise(torch.tensor(before), terms, SimpleNamespace(z_q=z_q), config, images, [0, 2])
+    contrastive = model.contrast(z_q, ["red apple", "green car"], form).item()
+    assert found["contrastive"].item() == pytest.approx(contrastive)
+    assert loss.item() == pytest.approx(pixels * (2 + 3 * perceptual) + 0.5 + captions * contrastive, rel=1e-4)
+
+
+def test_the_contrastive_loss_starts_as_siglips():
+    model = with_tower()
+    assert model.log_scale.exp().item() == pytest.approx(10) and model.bias.item() == -10
 
 
 def test_a_text_tower_is_saved_with_its_words(tmp_path):

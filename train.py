@@ -34,8 +34,8 @@ from support.pictures import draw_written, save_side_by_side
 from support.run import Run, Stage, one_sentence_errors, process_group
 from support.settings import ShortHelp, add_run_flags, add_settings, flag, flags_of, refuse_dashes, value_in
 from support.text import caption_of, misread, recolour, text_of, train_text_tokenizer
-from unitok import (StageOneConfig, further_figures, load_language_model, load_tokenizer, new_tokenizer,
-                    stage_one_config, with_depth)
+from unitok import (StageOneConfig, check_supervision, further_figures, load_language_model, load_tokenizer,
+                    new_tokenizer, stage_one_config, with_depth, writes_codes_of)
 
 
 def make_optimizers(module, config, learning_rate, bf16):
@@ -71,6 +71,7 @@ def stage_1(run, config):
     model = model_of_init(run, config) if run.args.init else None
     train_images, val_images = run.read_images(config.image_size)
     model = model or new_tokenizer(config, train_images)
+    check_supervision(model, config)
     start = run.share_start if run.args.init else functools.partial(start_tokenizer, run, config)
     if config.encoder_learning_rate > 0 or config.adversarial_weight > 0:  # Table 6: all of it from step 0 on
         return train_everything(run, config, model, val_images, start)
@@ -174,7 +175,7 @@ def train_discriminator(run, config):
 def model_of_init(run, config):
     """The tokenizer in --init, from which a run goes on with new optimizers; what it is made of is no setting then."""
     model = load_tokenizer(run.args.init)
-    for name in FIXED_BY_STAGE_1:
+    for name in asdict(config).keys() & set(FIXED_BY_INIT["1"]):
         setattr(config, name, getattr(model.config, name, None))
     return model
 
@@ -249,7 +250,7 @@ def stage_ar(run, config):
     tokens = codes["train"].shape[1]
     if run.args.init:
         model = load_language_model(run.args.init)
-        if (model.config.codebook_size, model.config.image_tokens) != (tokenizer.config.codebook_size, tokens):
+        if not writes_codes_of(model, tokenizer) or model.config.image_tokens != tokens:
             raise InputError(f"the model in {run.args.init} was trained with other codes than {config.tokenizer} has")
     else:
         model = with_depth(language_model(config, captions["train"], tokenizer.config.codebook_size, tokens), tokenizer)
@@ -367,13 +368,13 @@ def language_model(config, texts, codebook_size=0, image_tokens=0):
     text = train_text_tokenizer(texts, config.text_vocabulary)
     return vqrae.VisualLM(vqrae.LMConfig(
         text.get_vocab_size(), codebook_size, config.width, config.depth, config.heads, config.kv_heads,
-        config.head_width, config.mlp_width, image_tokens), text)
+        config.head_width, config.mlp_width, image_tokens, max(vqrae.LMConfig.max_tokens, image_tokens + 512)), text)
 
 
 STAGES = {"1": (stage_1, StageOneConfig), "2": (stage_2, TrainingConfig), "ar": (stage_ar, GenerationConfig),
           "caption": (stage_caption, CaptionConfig)}
-FIXED_BY_INIT = {"1": FIXED_BY_STAGE_1, "2": FIXED_BY_STAGE_1, "ar": ("qwen3", *FIXED_BY_QWEN3),
-                 "caption": ("qwen3", "encoder", "image_size", *FIXED_BY_QWEN3)}
+FIXED_BY_INIT = {"1": (*FIXED_BY_STAGE_1, "codebooks", "projection", "latent_noise"), "2": FIXED_BY_STAGE_1,
+                 "ar": ("qwen3", *FIXED_BY_QWEN3), "caption": ("qwen3", "encoder", "image_size", *FIXED_BY_QWEN3)}
 SETTINGS = flags_of(TrainingConfig, CaptionConfig, GenerationConfig, StageOneConfig)  # of every stage, by name
 
 
@@ -389,8 +390,8 @@ def parse_args(argv=None):
     add("--stage", choices=list(STAGES), required=True, help="1: frozen encoder, train codebook and decoder; 2: train "
         "the encoder too; ar: a transformer writes codes from text; caption: writes captions")
     add("--preset", choices=list(PRESETS), default="tiny", help="the settings that the flags below change")
-    add("--init", type=Path, metavar="DIR", help="start from this folder's model, with new optimizers; stage 2: that of "
-        "stage 1 (default: out/stage1)")
+    add("--init", type=Path, metavar="DIR", help="start from this folder's model, with new optimizers; stage 2: "
+        "that of stage 1 (default: out/stage1)")
     add("--benchmark", action="store_true", help="time steady steps, print one JSON line, train nothing")
     add("--print-config", action="store_true", help="print all settings as JSON and stop")
     add_run_flags(parser)
@@ -436,7 +437,7 @@ def main(argv=None):
         config = settings_for(args, args.stage)
         if args.print_config:
             settings = {"stage": args.stage, "preset": args.preset, "seed": args.seed, **asdict(config)}
-            fixed = FIXED_BY_STAGE_1 if args.stage == "2" else ()
+            fixed = FIXED_BY_INIT[args.stage] if args.init else ()
             print(json.dumps({name: value for name, value in settings.items() if name not in fixed}, indent=2))
         elif args.benchmark:
             run = Run(args, config)

@@ -19,7 +19,7 @@ from torch.distributed.nn.functional import all_gather
 
 import vqrae
 from presets import TrainingConfig
-from support.files import InputError, check_fields, load_model, read_json
+from support.files import InputError, check_fields, load_model, read_json, save_model
 from support.settings import setting
 from support.text import caption_of, load_text_tokenizer, train_text_tokenizer
 
@@ -238,7 +238,8 @@ class AttentionProjection(nn.Module):
     bias = property(lambda self: self.shortcut.bias)
 
     def forward(self, x):
-        y = self.shortcut(self.norm3(x)) + self.attention(self.norm1(x))  # (B, N, out)
+        y = self.shortcut(self.norm3(x)).to(x.dtype)  # x is in float32 under autocast, and so what is added up
+        y = y + self.attention(self.norm1(x))  # (B, N, out)
         return y + self.mlp(self.norm2(y))
 
 
@@ -398,7 +399,7 @@ class UniTok(vqrae.VQRAE):
 
         With `read_along` no gradient goes back from here into the tokenizer.
         """
-        bottleneck = self.project_out(z_q)  # (B, N, d)
+        bottleneck = self.project_out(z_q.to(self.project_out.weight.dtype))  # (B, N, d)
         return self.image_head((bottleneck.detach() if read_along else bottleneck).mean(1))
 
     def contrast(self, z_q, captions, form, read_along=False):
@@ -428,9 +429,7 @@ class UniTok(vqrae.VQRAE):
         return loss, terms
 
     def _save_pretrained(self, folder):  # with tokenizer.json beside for the text tower's text
-        super()._save_pretrained(folder)
-        if self.tower is not None:
-            self.tower.lm.text.save(str(Path(folder) / "tokenizer.json"))
+        save_model(self, folder, None if self.tower is None else self.tower.lm.text)
 
     @classmethod
     def _from_pretrained(cls, folder):
@@ -577,6 +576,12 @@ class DepthLM(vqrae.VisualLM):
         return torch.stack(codes, dim=1)
 
 
+def writes_codes_of(lm, tokenizer):
+    """Whether a language model writes as many codes, and as many of them at a place, as a tokenizer has."""
+    several = tokenizer.config.codebooks if tokenizer.config.quantizer in QUANTIZERS else 0
+    return (lm.config.codebook_size, getattr(lm.config, "codebooks", 0)) == (tokenizer.config.codebook_size, several)
+
+
 def load_language_model(source):
     """The VisualLM or DepthLM in a folder or on the hub, in eval mode; InputError says what is missing or damaged."""
     folder = vqrae.VisualLM.find(source)
@@ -640,9 +645,6 @@ def new_tokenizer(config, images):
                  codebook_size=config.codebook_size, codebook_dim=config.codebook_dim, quantizer=config.quantizer,
                  beta_side=config.beta_side)
     if isinstance(config, StageOneConfig):
-        if config.contrastive != "none" and config.accumulate > 1:
-            raise InputError("--accumulate would take --contrastive its negatives: a part sees only its own captions; "
-                             "take a smaller --batch-size, or more processes by torchrun")
         tower, text = text_tower(config, images) if config.contrastive != "none" else (None, None)
         model = UniTok(UniTokConfig(**sizes, codebooks=config.codebooks, projection=config.projection,
                                     latent_noise=config.latent_noise, text=tower), text)
@@ -650,6 +652,19 @@ def new_tokenizer(config, images):
         model = vqrae.VQRAE(vqrae.VQRAEConfig(**sizes))
     model.encoder = encoder
     return model
+
+
+def check_supervision(model, config):
+    """InputError when a StageOneConfig asks for captions and the model cannot read them, or not a batch's at once."""
+    if isinstance(config, StageOneConfig) and not isinstance(model, UniTok):
+        raise InputError("the model of --init is a plain VQRAE; --contrastive, --contrastive-weight and "
+                         "--reconstruction-weight are for a UniTok")
+    if getattr(config, "contrastive", "none") != "none":
+        if model.tower is None:
+            raise InputError("--contrastive needs a text tower, and the model of --init was trained without one")
+        if config.accumulate > 1:
+            raise InputError("--accumulate would take --contrastive its negatives: a part sees only its own captions; "
+                             "take a smaller --batch-size, or more processes by torchrun")
 
 
 def text_tower(config, images):

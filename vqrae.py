@@ -18,20 +18,23 @@ import functools
 import math
 import re
 from dataclasses import dataclass, replace
+from numbers import Integral
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from support.checks import check_codes, check_images, check_sampling, list_of_texts, rows_and_columns
-from support.files import InputError, check_fields, check_weights, load_model, read_config, without_memory
+from support.checks import (check_codes, check_form, check_images, check_prompts, check_sampling, list_of_texts,
+                            number_in, rows_and_columns)
+from support.files import (InputError, check_fields, check_weights, load_model, read_config, save_model,
+                           without_memory)
 from support.hub import IMAGENET, HubModel, hub_folder, qwen3_fields, read_checkpoint, vision_fields
 from support.images import resize_to
 from support.metrics import codebook_usage, psnr  # noqa: F401  for whoever uses this file as a library
 from support.networks import convnext_small, lpips_vgg
 from support.quick import quick_products
-from support.text import END_OF_TEXT, START_OF_IMAGE, load_text_tokenizer, tokens_of
+from support.text import END_OF_TEXT, START_OF_IMAGE, id_of, load_text_tokenizer, tokens_of
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -66,9 +69,9 @@ class ViTConfig:
     def __post_init__(self):
         self.mean, self.std = tuple(self.mean), tuple(self.std)  # a JSON file has lists
         check_fields(self, ("image_size", "patch_size", "width", "depth", "heads", "mlp_width"))
-        if self.width % self.heads or self.image_size < self.patch_size:
-            raise InputError(f"width {self.width} must be a multiple of heads {self.heads}, and image_size "
-                             f"{self.image_size} no less than patch_size {self.patch_size}")
+        if self.width % self.heads or self.image_size < self.patch_size or min(self.std) <= 0:
+            raise InputError(f"width {self.width} must be a multiple of heads {self.heads}, image_size "
+                             f"{self.image_size} no less than patch_size {self.patch_size}, and std {self.std} above 0")
         if (self.family not in FAMILIES or self.activation not in ACTIVATIONS
                 or self.final_norm not in ("tokens", "class", "none")):
             raise InputError(f"family {self.family!r}, activation {self.activation!r} or final_norm "
@@ -192,8 +195,7 @@ class Encoder(nn.Module):
         multiples of the patch size.
         """
         p = self.config.patch_size
-        if images.dim() != 4 or images.shape[1] != 3 or not images.is_floating_point():
-            check_images(images)
+        check_form(images)
         height, width = images.shape[-2:]
         if height % p or width % p:
             raise InputError(f"images of {height} x {width} pixels do not divide into patches of {p}")
@@ -213,6 +215,8 @@ class Encoder(nn.Module):
             yield x
 
     def forward(self, images):
+        if not torch.compiler.is_compiling():
+            check_images(images, most=0.5, wait=False)  # resizing goes beyond [0, 1], but not so far
         for x in self.hidden_states(images):  # (B, [1 +] registers + N, d), none kept but the last
             pass
         x = self.norm(x) if self.config.final_norm == "tokens" else x  # a norm for "class" is only kept to be saved
@@ -490,7 +494,7 @@ class VQRAE(nn.Module, HubModel):
         """
         if not self.reading.any():
             raise InputError("this model has no reading of features from its codes: it was saved without `fit_reading`")
-        return F.pad(z_q, (0, 1), value=1.0) @ self.reading
+        return F.pad(z_q.to(self.reading.dtype), (0, 1), value=1.0) @ self.reading
 
     def grid(self, images):
         """Rows and columns of tokens of images (B, 3, H, W)."""
@@ -500,16 +504,13 @@ class VQRAE(nn.Module, HubModel):
         features = self.encoder(images)  # Z_I (B, N, d)
         z = self.project_features(features)  # Z^_c (B, N, e)
         z_q, indices, codebook_loss, commitment_loss = self.quantizer(z)  # Z_q (B, N, e), (B, N)
-        bottleneck = self.project_out(z_q)  # Z_bot (B, N, d)
+        bottleneck = self.project_out(z_q.to(features))  # Z_bot (B, N, d)
         reconstruction = self.decoder(bottleneck, *self.grid(images))  # X' (B, 3, H*q/p, W*q/p)
         return Output(reconstruction, features, indices, codebook_loss, commitment_loss, z, z_q)
 
     @torch.no_grad()
     def encode(self, images):
-        """Images (B, 3, H, W) in [0, 1] -> features (B, N, d), codes (B, N) int64 (None without a codebook).
-
-        Raises InputError for what is no such images.
-        """
+        """Images (B, 3, H, W) in [0, 1] -> features (B, N, d), codes (B, N) int64 or None; InputError for all else."""
         check_images(images)
         features = self.encoder(images)  # (B, N, d)
         _, indices, _, _ = self.quantizer(self.project_features(features))  # (B, N)
@@ -523,11 +524,9 @@ class VQRAE(nn.Module, HubModel):
         """
         if isinstance(self.quantizer, NoQuantizer):
             raise InputError("this model has no codebook, so there are no codes to decode")
-        check_codes(indices, *self.quantizer.sizes())
-        rows, columns = rows_and_columns(indices.shape[1], rows)
-        z_q = self.quantizer.lookup(indices.long())  # (B, N, e)
-        bottleneck = self.project_out(z_q.to(self.project_out.weight.dtype))  # (B, N, d)
-        return self.decoder(bottleneck, rows, columns).float().clamp(0, 1)
+        z_q = self.quantizer.lookup(check_codes(indices, *self.quantizer.sizes()))  # (B, N, e)
+        bottleneck = self.project_out(z_q)  # (B, N, d)
+        return self.decoder(bottleneck, *rows_and_columns(indices.shape[1], rows)).float().clamp(0, 1)
 
     @torch.no_grad()
     def start(self, features, patches, codebook_init="data", projection_init="pixels", generator=None):
@@ -808,6 +807,8 @@ class LMConfig:
         if self.heads % self.kv_heads or self.head_width % 2:
             raise InputError(f"heads (--heads) {self.heads} must be a multiple of kv_heads {self.kv_heads}, and "
                              f"head_width {self.head_width} even")
+        if self.image_tokens + 2 > self.max_tokens:
+            raise InputError(f"an image of {self.image_tokens} tokens leaves no room for text in {self.max_tokens}")
 
 
 class RMSNorm(nn.Module):
@@ -901,6 +902,7 @@ def choose(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
     if top_p < 1:
         ordered, order = logits.softmax(1).sort(dim=1, descending=True)
         drop = ordered.cumsum(1) - ordered >= top_p  # what stands before it is enough already
+        drop[:, 0] = False  # also where top_p is 0 in float32
         logits = logits.masked_fill(torch.zeros_like(drop).scatter(1, order, drop), -torch.inf)
     draw = torch.multinomial(logits.softmax(1).cpu(), 1, generator=generator)[:, 0]  # on the CPU: one seed, one picture
     return draw.to(logits.device)
@@ -968,7 +970,7 @@ class VisualLM(nn.Module, HubModel):
         A caption that does not fit `max_tokens` is cut; `generate` refuses it.
         """
         room = max(0, self.config.max_tokens - self.config.image_tokens - 1)
-        return tokens_of(self.text, caption)[:room] + [self.text.token_to_id(START_OF_IMAGE)]
+        return tokens_of(self.text, caption)[:room] + [id_of(self.text, START_OF_IMAGE)]
 
     def pack(self, prompts, codes=None):
         """Prompts, B lists of token ids, and codes (B, N) behind them -> tokens (B, n), and `first` (B,).
@@ -992,8 +994,9 @@ class VisualLM(nn.Module, HubModel):
         for caption, prompt in zip(captions, prompts):
             if len(tokens_of(self.text, caption)) >= len(prompt):
                 raise InputError(f"a caption may have {len(prompt) - 1} tokens here, and {caption[:40]!r}... has more")
+        generator = torch.Generator().manual_seed(number_in("seed", seed, -2**63, 2**64 - 1, Integral))
         return self.extend(prompts, self.config.image_tokens, self.prompt(""), cfg_scale, temperature, top_k, top_p,
-                           torch.Generator().manual_seed(seed), progress)
+                           generator, progress)
 
     @torch.inference_mode()
     def extend(self, prompts, count, without=None, cfg_scale=1.0, temperature=1.0, top_k=0, top_p=1.0, generator=None,
@@ -1004,7 +1007,8 @@ class VisualLM(nn.Module, HubModel):
         plus cfg_scale times the difference that the caption makes. temperature 0 takes the likeliest code.
         `progress` wraps the range of steps, as tqdm does.
         """
-        check_sampling(cfg_scale, temperature, top_k, top_p)
+        cfg_scale, temperature, top_k, top_p = check_sampling(cfg_scale, temperature, top_k, top_p)
+        check_prompts(prompts, len(self.embedding.weight), count, self.config.codebook_size)
         V, guided = self.config.text_vocabulary, cfg_scale != 1 and without is not None
         tokens, first = self.pack(list(prompts) + [without] * (len(prompts) if guided else 0))  # (B or 2B, n)
         weight = self.embedding.weight
@@ -1029,8 +1033,7 @@ class VisualLM(nn.Module, HubModel):
         return pick(head(x).float())
 
     def _save_pretrained(self, folder):  # with tokenizer.json beside
-        super()._save_pretrained(folder)
-        self.text.save(str(Path(folder) / "tokenizer.json"))
+        save_model(self, folder, self.text)
 
     @classmethod
     def _from_pretrained(cls, folder):
@@ -1054,6 +1057,7 @@ class CaptionerConfig:
 
     def __post_init__(self):
         check_fields(self, ("image_size",))
+        replace(self.lm, image_tokens=(self.image_size // self.encoder.patch_size) ** 2)  # InputError for no room
 
 
 class Captioner(nn.Module, HubModel):
@@ -1074,13 +1078,13 @@ class Captioner(nn.Module, HubModel):
 
     def read(self, features):
         """Features (B, N, d of the encoder) -> what the transformer meets before the text (B, N + 1, d)."""
-        start = self.lm.embedding.weight[self.lm.text.token_to_id(START_OF_IMAGE)]  # (d,)
+        start = self.lm.embedding.weight[id_of(self.lm.text, START_OF_IMAGE)]  # (d,)
         return torch.cat([start.expand(len(features), 1, -1), self.projector(features)], dim=1)
 
     def tokens(self, caption):
         """A caption, cut where it does not fit behind an image, as the tokens that are to be written and their end."""
         room = self.config.lm.max_tokens - (self.config.image_size // self.config.encoder.patch_size) ** 2 - 2
-        return tokens_of(self.lm.text, caption)[:max(0, room)] + [self.lm.text.token_to_id(END_OF_TEXT)]
+        return tokens_of(self.lm.text, caption)[:max(0, room)] + [id_of(self.lm.text, END_OF_TEXT)]
 
     def loss(self, images, captions):
         """Mean cross-entropy of the tokens of the captions, and of the end of each, given the images."""
@@ -1099,7 +1103,8 @@ class Captioner(nn.Module, HubModel):
     def caption(self, images, most=80):
         """Texts of images (B, 3, H, W), always the likeliest next token -> B strings of up to `most` tokens."""
         check_images(images)
-        x, end = self.read(self.encoder(images)), self.lm.text.token_to_id(END_OF_TEXT)  # (B, N + 1, d)
+        most = number_in("most", most, 1, 2**20, Integral)
+        x, end = self.read(self.encoder(images)), id_of(self.lm.text, END_OF_TEXT)  # (B, N + 1, d)
         cache = KeyValueCache(self.config.lm, len(x), x.shape[1] + most, x.device, x.dtype)
         tokens = []
         for _ in range(most):
@@ -1112,8 +1117,7 @@ class Captioner(nn.Module, HubModel):
         return [self.lm.text.decode(row[:row.index(end)] if end in row else row).strip() for row in rows]
 
     def _save_pretrained(self, folder):  # the encoder included, and tokenizer.json beside
-        super()._save_pretrained(folder)
-        self.lm.text.save(str(Path(folder) / "tokenizer.json"))
+        save_model(self, folder, self.lm.text)
 
     @classmethod
     def _from_pretrained(cls, folder):
@@ -1164,8 +1168,10 @@ FAMILIES = {
         "image_size": 224, "patch_size": 32, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5,
     }, {"layer_scale": False, "patch_bias": False, "pre_norm": True, "final_norm": "class",
         "mean": (0.48145466, 0.4578275, 0.40821073), "std": (0.26862954, 0.26130258, 0.27577711)}),
-    "intern_vit_6b": (3, "InternVisionModel", {}, {"final_norm": "none"}),  # so called in the 300M's config too
-    "internvl_vision": (4, "InternVLVisionModel", {"hidden_act": "gelu"}, {"final_norm": "none"}),
+    "intern_vit_6b": (3, "InternVisionModel", {  # so called in the 300M's config too
+        "qk_normalization": True, "norm_type": "rms_norm"}, {"final_norm": "none"}),
+    "internvl_vision": (4, "InternVLVisionModel", {"hidden_act": "gelu", "attention_bias": False}, {
+        "final_norm": "none"}),
 }
 
 
@@ -1210,7 +1216,7 @@ def load_encoder(source):
             raise InputError(f"the weights in {folder} have no tensor {missing[0]!r}")
         if any(theirs[part].shape[1:] != theirs[names[0]].shape[1:] or not theirs[part].dim() for part in names):
             raise InputError(f"the weights in {folder}: tensors {', '.join(map(repr, names))} do not fit together")
-        weights[name] = torch.cat([theirs[part].float() for part in names])
+        weights[name] = torch.cat([theirs[part] for part in names])
         if name in ("cls_token", "positions") and weights[name].numel() == ours.numel():
             weights[name] = weights[name].reshape(ours.shape)  # some families store them without the batch dimension
     check_weights(expected, weights, folder)
@@ -1245,7 +1251,7 @@ def load_qwen3(source, codebook_size, image_tokens=0):
     sizes = without_memory(path, "a Qwen3", lambda: VisualLM(LMConfig(**fields, codebook_size=0)))
     config, expected = replace(sizes.config, codebook_size=codebook_size, image_tokens=image_tokens), sizes.state_dict()
     weights = read_checkpoint(folder)
-    ours = {name: weights[qwen3_name(name)].float() for name in expected if qwen3_name(name) in weights}
+    ours = {name: weights[qwen3_name(name)] for name in expected if qwen3_name(name) in weights}
     check_weights(expected, ours, folder)
     model = VisualLM(config)
     codes = model.embedding.weight.detach()[config.text_vocabulary:]

@@ -27,6 +27,7 @@ import vqrae  # noqa: E402
 from presets import PRESETS  # noqa: E402
 from support.files import InputError, read_json, replace_text  # noqa: E402
 from support.metrics import evaluate, understanding  # noqa: E402
+from support.pictures import save_figure  # noqa: E402
 from support.run import Run, one_sentence_errors  # noqa: E402
 from support.settings import flag  # noqa: E402
 from support.sets import open_images  # noqa: E402
@@ -265,7 +266,7 @@ def draw_plot(ablation, results, columns, path):
             axis.barh(names[::-1], [mean(rows, column) for rows in results.values()][::-1])
             axis.tick_params(labelleft=axis is axes[0])
     figure.tight_layout()
-    figure.savefig(path, dpi=90)
+    save_figure(figure, path, dpi=90)
 
 
 def draw_dimensions(axis, results, column):

@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train  # noqa: E402
 from experiments.ablate import ablated_settings, refuse_chosen, refuse_other_work, stage_1_args  # noqa: E402
+from support.pictures import save_figure  # noqa: E402
 from support.run import Run, one_sentence_errors  # noqa: E402
 from support.sets import open_images  # noqa: E402
 
@@ -47,7 +48,7 @@ def collapse(args):
     axes[0, 0].legend(fontsize=7, markerscale=4, loc="lower left")
     args.out.mkdir(parents=True, exist_ok=True)
     figure.tight_layout()
-    figure.savefig(args.out / "collapse.png", dpi=80)
+    save_figure(figure, args.out / "collapse.png", dpi=80)
     print(f"{args.out}/collapse.png: {len(images)} held-out images, {tokens:,} tokens")
 
 

@@ -2,7 +2,10 @@
 
 import hashlib
 import json
-from contextlib import contextmanager
+import os
+import re
+import tempfile
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -15,14 +18,18 @@ class InputError(ValueError):
     """A mistake in the user's input that one sentence explains; the drivers print it without a traceback."""
 
 
+def part_of(path):
+    """Where `replacing` has a file written until it is whole."""
+    return Path(path).with_name(f"{Path(path).name[:240]}.tmp")
+
+
 @contextmanager
 def replacing(path):
     """A path to write what then takes the place of `path` in one step: readers meet the old file or the new one.
 
     InputError when it cannot be written, say on a full disk; nothing half written is left behind then.
     """
-    path = Path(path)
-    part = path.with_name(f"{path.name}.tmp")
+    path, part = Path(path), part_of(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield part
@@ -37,7 +44,49 @@ def replacing(path):
 def replace_text(path, text):
     """Write a file in one step: whoever reads it, whenever the power fails, meets the old text or the new one."""
     with replacing(path) as part:
-        part.write_text(text, encoding="utf-8")
+        part.write_text(text, encoding="utf-8", newline="\n")
+
+
+@contextmanager
+def replacing_all(folder):
+    """A folder to write files into that then take their places in `folder`, all of them or, on an error, none.
+
+    InputError when they cannot be written; what stood in `folder` before is kept then.
+    """
+    folder = Path(folder)
+    was_there = folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".part-", dir=folder) as part:
+            yield Path(part)
+            for path in sorted(Path(part).rglob("*")):
+                place = folder / path.relative_to(part)
+                place.mkdir(exist_ok=True) if path.is_dir() else path.replace(place)
+    except (OSError, SafetensorError, InputError) as error:
+        said = re.sub(rf"{re.escape(str(folder))}/[.]part-\w+", lambda found: str(folder), str(error))
+        if isinstance(error, InputError):
+            raise InputError(said) from None
+        raise InputError(f"cannot write into {folder}, perhaps for want of room ({said}); what stood there before is "
+                         "kept") from None
+    finally:
+        if not was_there and folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+
+
+def same_file(one, other):
+    """Whether two paths lead to one file or folder, by whatever names or links."""
+    try:
+        return os.path.samefile(one, other)
+    except (OSError, ValueError):  # one of them is not there
+        return False
+
+
+def keep_apart(out, **read):
+    """InputError when a command that writes into `out` reads that folder too; what it reads, by the names of flags."""
+    for flag, folder in read.items():
+        if folder is not None and same_file(out, folder):
+            raise InputError(f"{out} is written to and is what --{flag} {folder} reads, which would be lost; choose "
+                             "another --out")
 
 
 def digest(*pieces):
@@ -108,11 +157,14 @@ def check_weights(expected, weights, path):
             raise InputError(f"{path}: tensor {name!r} has values that are no numbers, so it is damaged")
 
 
-def save_model(model, folder):
-    """Write config.json and model.safetensors, each replaced in one step."""
+def save_model(model, folder, text=None):
+    """Write config.json, model.safetensors and, with a text tokenizer, tokenizer.json: all of them or none."""
     folder = Path(folder)
     weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    with replacing(folder / "config.json") as config_part, replacing(folder / "model.safetensors") as weights_part:
+    with (replacing(folder / "tokenizer.json") if text else nullcontext() as text_part,
+          replacing(folder / "config.json") as config_part, replacing(folder / "model.safetensors") as weights_part):
+        if text:
+            text_part.write_text(text.to_str(pretty=True), encoding="utf-8")
         config_part.write_text(json.dumps(asdict(model.config), indent=2) + "\n", encoding="utf-8")
         save_file(weights, weights_part)
 

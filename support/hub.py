@@ -169,8 +169,8 @@ def read_checkpoint(folder):
 def refuse_other(hub, path, known):
     """InputError for a field of a config that makes a model compute what is not implemented here.
 
-    known: names, "outer.inner" for a field inside a field, to the values that are; a field that is missing, or None, has
-    the usual one. Of a list, all must be among them.
+    known: names, "outer.inner" for a field inside a field, to the values that are; a field that is missing, or None,
+    has the usual one. Of a list, all must be among them.
     """
     for name, values in known.items():
         value = hub
@@ -183,22 +183,44 @@ def refuse_other(hub, path, known):
 
 
 def square_side(value, name):
-    """A side in pixels of a hub's config, a number or a pair of equal ones; InputError for a pair of two."""
+    """A side in pixels of a hub's config, a number or a pair of equal ones; ValueError for a pair of two."""
     sides = value if isinstance(value, list) else [value]
     if len(set(sides)) != 1:
-        raise InputError(f"{name} {value!r} is no square")
+        raise ValueError(f"{name} {value!r} is no square")
     return sides[0]
 
 
-def pixel_statistics(preprocessor, mean, std):
-    """Mean and std of images in [0, 1], as tuples, that a preprocessor_config.json asks for; `mean`, `std` by default.
+def preprocessor_of(folder):
+    """What a hub folder's preprocessor_config.json says, or a part of its processor_config.json, and its path.
 
-    It may scale the bytes of an image by another factor than 1/255, or leave out either step.
+    A dict, which is empty where there is neither.
     """
-    scale = 255 * preprocessor.get("rescale_factor", 1 / 255) if preprocessor.get("do_rescale", True) else 255
+    path = folder / "preprocessor_config.json"
+    if path.exists():
+        return read_config(path), path
+    path = folder / "processor_config.json"
+    inside = read_config(path).get("image_processor") if path.exists() else None
+    return inside if isinstance(inside, dict) else {}, path
+
+
+def pixel_statistics(preprocessor, path, mean, std):
+    """Mean and std of images in [0, 1], as tuples, that a preprocessor asks for; `mean` and `std` by default.
+
+    It may scale the bytes of an image by another factor than 1/255, or leave out either step. Raises InputError for
+    what is not implemented, and a TypeError or ValueError for what is no number.
+    """
+    steps = ("do_rescale", "do_normalize")
+    refuse_other(preprocessor, path, {**dict.fromkeys(steps, [True, False]), **dict.fromkeys(
+        ("do_flip_channel_order", "do_grayscale", "offset", "rescale_offset"), [False])})
+    rescales, normalises = (preprocessor.get(step) is not False for step in steps)
+    scale = 255 * preprocessor.get("rescale_factor", 1 / 255) if rescales else 255
     scale = 1 if abs(scale - 1) < 1e-6 else scale
-    if preprocessor.get("do_normalize", True):
-        mean, std = preprocessor.get("image_mean") or mean, preprocessor.get("image_std") or std
+    if not scale > 0:
+        raise ValueError(f"rescale_factor {preprocessor['rescale_factor']!r} is not above 0")
+    if normalises:
+        given = [preprocessor.get(name) for name in ("image_mean", "image_std")]
+        mean, std = (usual if value is None else value for value, usual in zip(given, (mean, std)))
+        mean, std = (3 * (value,) if isinstance(value, (int, float)) else value for value in (mean, std))
     else:
         mean, std = (0.0,) * 3, (1.0,) * 3
     return tuple(value / scale for value in mean), tuple(value / scale for value in std)
@@ -219,12 +241,12 @@ def vision_fields(hub, path, families, activations):
     refuse_other(hub, path, {
         "use_swiglu_ffn": [False], "use_qk_norm": [False], "qk_normalization": [False], "norm_type": ["layer_norm"],
         "hidden_act": list(activations), "num_channels": [3], "use_absolute_position_embeddings": [True],
-        "quantization_config": []})
-    if hub.get("use_mean_pooling") is False:  # InternVL's way to say that there is a last norm
+        "qkv_bias": [True], "attention_bias": [True], "quantization_config": []})
+    if kind == "internvl_vision" and not hub.get("use_mean_pooling", True):  # its way to say that there is a last norm
         traits = {**traits, "final_norm": "tokens"}
-    statistics = path.with_name("preprocessor_config.json")
+    preprocessor, statistics = preprocessor_of(path.parent)
     try:
-        mean, std = pixel_statistics(read_config(statistics) if statistics.exists() else {}, **{
+        mean, std = pixel_statistics(preprocessor, statistics, **{
             name: traits.get(name, usual) for name, usual in IMAGENET.items()})
         return {**traits, "family": kind, "activation": hub["hidden_act"], "layer_norm_eps": hub["layer_norm_eps"],
                 "image_size": square_side(hub["image_size"], "image_size"),
@@ -235,6 +257,8 @@ def vision_fields(hub, path, families, activations):
                 "mean": mean, "std": std}
     except KeyError as error:
         raise InputError(f"{path} lacks {error}") from None
+    except InputError:
+        raise
     except (IndexError, TypeError, ValueError, OverflowError, AttributeError) as error:
         raise InputError(f"{path} or {statistics.name} does not describe an encoder: {str(error).splitlines()[0]}"
                          ) from None
@@ -249,13 +273,19 @@ def qwen3_fields(hub, path):
         "rope_parameters.rope_type": ["default"], "rope_scaling.rope_type": ["default"],
         "rope_scaling.type": ["default"], "layer_types": ["full_attention"], "attention_bias": [False],
         "hidden_act": ["silu"], "use_sliding_window": [False], "partial_rotary_factor": [1],
-        "rope_parameters.partial_rotary_factor": [1], "quantization_config": []})
+        "rope_parameters.partial_rotary_factor": [1], "rope_scaling.partial_rotary_factor": [1], "mlp_bias": [False],
+        "is_causal": [True], "quantization_config": []})
     try:
+        # Older and newer versions of transformers have it, and read it, at different places.
+        places = [hub, hub.get("rope_parameters") or {}, hub.get("rope_scaling") or {}]
+        thetas = {place["rope_theta"] for place in places if place.get("rope_theta") is not None}
+        if len(thetas) != 1:
+            raise InputError(f"{path} has {'more than one' if thetas else 'no'} rope_theta")
         return {"text_vocabulary": hub["vocab_size"], "width": hub["hidden_size"], "depth": hub["num_hidden_layers"],
                 "heads": hub["num_attention_heads"], "kv_heads": hub["num_key_value_heads"],
                 "head_width": hub["head_dim"], "mlp_width": hub["intermediate_size"], "norm_eps": hub["rms_norm_eps"],
-                "rope_theta": hub.get("rope_theta") or hub["rope_parameters"]["rope_theta"]}
+                "rope_theta": thetas.pop()}
     except KeyError as error:
         raise InputError(f"{path} lacks {error}") from None
-    except TypeError as error:
+    except (AttributeError, TypeError) as error:
         raise InputError(f"{path} does not describe a Qwen3: {error}") from None

@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import io
 import json
 import os
 import re
@@ -11,11 +12,12 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 from torchvision.transforms import functional as pixels
 
 from support.files import InputError, read_json
 
+DRAWN_HERE = "VQRAE: train.py or sample.py"  # what our pictures name as their "Software"
 
 # What the two halves of a data set are called, in small letters alone; of several the first is taken.
 FIRST_HALF = ("train", "training")
@@ -35,47 +37,218 @@ def resize_to(images, like):
     return F.interpolate(images, like.shape[-2:], mode="bicubic", antialias=True).clamp(0, 1)
 
 
+def drawn_here(path):
+    """Whether a file is a picture that train.py or sample.py drew, which `pictures.save` marks."""
+    try:
+        with Image.open(path) as image:
+            return image.info.get("Software") == DRAWN_HERE
+    except Exception:
+        return False
+
+
+def why_unreadable(error):
+    """What is wrong with a file, in a few words, for an error that reading it has raised."""
+    if isinstance(error, UnidentifiedImageError):
+        return "damaged, or of no kind that Pillow knows"
+    return (getattr(error, "strerror", None) or str(error) or type(error).__name__).splitlines()[0]
+
+
 def read_image(path, file=None):
-    """Any image file as an upright 8-bit RGB PIL image, transparency on white; InputError when it is unreadable.
+    """Any image file as an upright 8-bit sRGB PIL image, transparency on white; InputError when it is unreadable.
 
     With `file`, an open one, the path is only its name.
     """
     try:
         with Image.open(file or path) as image:
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I"):  # 16-bit grey, which PIL would clip to 8 bits instead of scaling it
-                image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
-            if image.has_transparency_data:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            clear = transparent_value(image)
+            ImageOps.exif_transpose(image, in_place=True)
             if max(image.size) > 1000 * min(image.size):  # resized, it would have no end
                 raise ValueError(f"{image.width} x {image.height} pixels are hardly more than a line")
-            return image.convert("RGB")
+            return to_rgb(image, clear)
     except Exception as error:  # PIL's decoders raise a dozen types for bytes that are not an image
-        raise InputError(f"cannot read {path} as an image: {(str(error) or type(error).__name__).splitlines()[0]}"
-                         ) from None
+        raise InputError(f"cannot read {path} as an image: {why_unreadable(error)}") from None
+
+
+def transparent_value(image):
+    """The grey value or colour of an image's pixels that a PNG calls transparent (tRNS), or None.
+
+    PIL stretches greys of fewer than 8 bits and cuts colours of 16, but not this value. How the pixels lie in the file
+    it says only before they are loaded.
+    """
+    value, kind = image.info.get("transparency"), image.tile[0][3] if image.tile else None
+    if value is None or image.mode not in ("1", "L", "RGB") and not image.mode.startswith("I"):
+        return None
+    if kind == "RGB;16B":
+        return tuple(part >> 8 for part in value)
+    return value * {"1": 255, "L;2": 85, "L;4": 17}.get(kind, 1) if isinstance(value, int) else value
+
+
+def to_rgb(image, clear=None):
+    """A PIL image of any mode as 8-bit sRGB, by its own profile; on white what is transparent or of the value `clear`.
+
+    Raises ValueError for pixels that are no numbers.
+    """
+    profile = image.info.get("icc_profile")
+    if image.mode == "P":
+        image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+    plainer = {"1": "L", "La": "LA", "PA": "RGBA", "RGBa": "RGBA", "RGBX": "RGB", "YCbCr": "RGB", "HSV": "RGB"}
+    image = image.convert(plainer[image.mode]) if image.mode in plainer else image
+    alpha = image.getchannel("A") if image.mode in ("LA", "RGBA") else None
+    if clear is not None:
+        same = np.asarray(image) == np.asarray(clear)  # (H, W), or (H, W, 3) for a colour
+        alpha = Image.fromarray(np.where(same.all(2) if same.ndim == 3 else same, 0, 255).astype(np.uint8))
+    if image.mode == "F" or image.mode.startswith("I"):
+        image = eight_bit_grey(image)
+    image = image.convert({"LA": "L", "RGBA": "RGB"}.get(image.mode, image.mode))
+    image = by_profile(image, profile)
+    if alpha is not None:
+        image.putalpha(alpha)
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    image.info = {}  # which would be saved with it: it is of another profile now
+    return image
+
+
+def eight_bit_grey(image):
+    """Grey of 16 or 32 bits or of floats as 8 bits; ValueError for values that are no numbers.
+
+    White is what the type says. Where it leaves that open the values do: 1, 255 or 65535, or the largest of them.
+    """
+    values = np.asarray(image)  # (H, W)
+    if image.mode == "I" and image.format == "TIFF" and image.tag_v2.get(339) in (1, (1,)):
+        values = values.view(np.uint32)  # they have no sign, for which PIL has no mode
+    values = values.astype(np.float64)
+    if not np.isfinite(values).all():
+        raise ValueError("it has values that are no numbers")
+    black, white = values.min(), values.max()
+    if image.mode.startswith("I;16") or image.mode == "I" and image.format in ("PNG", "PPM"):  # 16 bits, held in 32
+        black, white = 0, 65535
+    elif black >= -0.1 * white:  # below 0 there is a filter's overshoot at most
+        black = 0
+        if white <= 1:
+            white = 1
+        elif white <= 255 and (white >= 16 or (values % 1 == 0).all()):
+            white = 255
+        elif 4096 <= white <= 65535:
+            white = 65535
+    levels = 255 * (values.clip(black, white) - black) / max(white - black, 1e-300)
+    return Image.fromarray(levels.round().astype(np.uint8))
+
+
+def by_profile(image, profile):
+    """An L, RGB, CMYK or LAB image as sRGB: by the bytes of its ICC profile, or by PIL's rule where none fits it."""
+    if profile:
+        for mode in dict.fromkeys([image.mode, "RGB" if image.mode == "L" else image.mode]):  # grey, with RGB's profile
+            transform = transform_of(profile, mode)
+            if transform:
+                return transform.apply(image.convert(mode))
+    return image.convert("RGB")
+
+
+@functools.lru_cache(16)
+def transform_of(profile, mode):
+    """The transform to sRGB by an ICC profile's bytes of images of a mode.
+
+    None where the profile is broken or of other images, and where it is sRGB's: then rounding is all that it would do.
+    """
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
+        if mode in ("L", "RGB"):
+            levels = np.arange(0, 256, 15, dtype=np.uint8)
+            every = np.stack(np.meshgrid(levels, levels, levels), -1).reshape(len(levels), -1, 3)
+            samples = Image.fromarray(every if mode == "RGB" else levels[None])
+            changes = np.asarray(transform.apply(samples), int) - np.asarray(samples.convert("RGB"), int)
+            return transform if np.abs(changes).max() > 2 else None
+        return transform
+    except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
+        return None
+
+
+def caption_beside(path):
+    """What the text file of the same name says beside an image, 0.txt beside 0.png, on one line; "" without one."""
+    for suffix in (".txt", ".TXT"):
+        try:
+            return " ".join(Path(path).with_suffix(suffix).read_text("utf-8-sig", "replace").split())
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            print(f"no caption for {path}: {error.strerror}: {error.filename}", file=sys.stderr)
+    return ""
+
+
+def folders_below(top, refused):
+    """Yield a folder and all below it, each as its path, the names of its folders and the names of its files, sorted.
+
+    The reader may take out folders that are not to be entered. Hidden ones are left out. Links are followed when all
+    else has been seen, a folder that has been seen is not seen again, and a link to a folder around it is a loop. What
+    may not be read is added to `refused` as a pair of its path and the reason.
+    """
+    starts, seen = [str(top)], set()  # the first grows
+
+    def contains(folder, inner):
+        return os.path.commonpath([folder, inner]) == folder
+
+    for start in starts:
+        for directory, folders, files in os.walk(start, onerror=lambda error: refused.append(
+                (error.filename, error.strerror))):
+            real = os.path.realpath(directory)
+            folders[:] = sorted(name for name in folders if not name.startswith(".") and real not in seen)
+            if real in seen:
+                continue
+            seen.add(real)
+            yield directory, folders, sorted(name for name in files if not name.startswith("."))
+            links = [path for path in (os.path.join(directory, name) for name in folders) if os.path.islink(path)]
+            starts += [path for path in links if not any(contains(os.path.realpath(path), inner)
+                                                         for inner in (real, os.path.realpath(top)))]
+
+
+def holds_run(directory, files):
+    """Whether a folder with these files is a training run's, or a model's: what it has of images are our pictures."""
+    return bool({"metrics.jsonl", "model.safetensors", "model.safetensors.index.json"}.intersection(files)) or any(
+        os.path.exists(os.path.join(directory, "checkpoint", name)) for name in ("state.pt", "previous.pt"))
 
 
 @functools.cache
 def find_images(folder):
-    """Sorted paths of the image files below a folder; files that are none are counted and named once on stderr.
+    """Paths of the image files below a folder, folder by folder. What else is there is counted, named and told once.
 
-    A folder is listed once per process: both splits of a run come from one list.
+    Left out are folders below it that hold a run or a model, and pictures that were drawn here. A text file that is
+    called like an image beside it is that one's caption. A folder is listed once per process: both splits of a run
+    come from one list.
     """
-    found, skipped = [], []
-    for directory, folders, files in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for path in (Path(directory, name) for name in sorted(files) if not name.startswith(".")):
+    found, skipped, ours = [], [], []
+    for directory, folders, files in folders_below(folder, skipped):
+        if holds_run(directory, files) and directory != str(folder):
+            folders.clear()
+            ours.append(directory)
+            continue
+        first, unread = len(found), []
+        for path in (Path(directory, name) for name in files):
             try:
-                if path.is_file():  # a pipe would be waited for
-                    Image.open(path).close()  # reads the header only, so a large folder is listed quickly
-                    found.append(str(path))
-            except Exception:
-                skipped.append(path)
-    if skipped:
-        names = ", ".join([str(path.relative_to(folder)) for path in skipped[:10]] + ["..."] * (len(skipped) > 10))
-        print(f"skipped {len(skipped)} files in {folder} that are not images: {names}", file=sys.stderr)
+                if not path.is_file():  # a pipe would be waited for
+                    raise ValueError("no file" if path.exists() else "a link to nothing")
+                with Image.open(path) as image:  # reads the header only, so a large folder is listed quickly
+                    (ours if image.info.get("Software") == DRAWN_HERE else found).append(str(path))
+            except Exception as error:
+                named_so = path.suffix.lower() in Image.registered_extensions()
+                unread.append((path, "not an image" if isinstance(error, UnidentifiedImageError) and not named_so
+                               else why_unreadable(error)))
+        captioned = {Path(path).stem for path in found[first:]}
+        skipped += [(path, reason) for path, reason in unread
+                    if path.suffix.lower() != ".txt" or path.stem not in captioned]
+    tell_of(folder, skipped, ours)
     return found
+
+
+def tell_of(folder, skipped, ours):
+    """Say on stderr what `find_images` has left out."""
+    skipped.sort(key=lambda pair: pair[1] == "not an image")  # what may be missed comes first
+    for paths, what in (([f"{os.path.relpath(path, folder)} ({reason})" for path, reason in skipped],
+                         f"skipped {len(skipped)} files in {folder} that cannot be read as images"),
+                        ([os.path.relpath(path, folder) for path in ours],
+                         f"left out {len(ours)} pictures and folders of models in {folder} that were made here")):
+        if paths:
+            print(f"{what}: {', '.join(paths[:10] + ['...'] * (len(paths) > 10))}", file=sys.stderr)
 
 
 def held_out(count):
@@ -94,11 +267,38 @@ def name_halves(names):
     return tuple(half[0][1] for half in ranked) if all(ranked) else ()
 
 
+@functools.cache
+def tell_once(sentence):
+    """Say something on stderr the first time that there is reason to."""
+    print(sentence, file=sys.stderr)
+
+
+def find_halves(folder):
+    """The folders of the training and the held-out images in a folder, or () if it is not divided so.
+
+    What stands beside them is named on stderr once.
+    """
+    if not os.path.isdir(folder):
+        return ()
+    try:
+        names = sorted(name for name in os.listdir(folder)
+                       if not name.startswith(".") and os.path.isdir(os.path.join(folder, name)))
+    except OSError as error:
+        raise InputError(f"cannot read the folder {folder}: {error.strerror}") from None
+    chosen = name_halves(names)
+    if not chosen:
+        return ()
+    rest = [name for name in names if name not in chosen]
+    if rest:
+        tell_once(f"{folder}: {chosen[0]}/ is trained on and {chosen[1]}/ held out; left out: {', '.join(rest[:10])}"
+                  f"{', ...' * (len(rest) > 10)}")
+    return tuple(Path(folder, name) for name in chosen)
+
+
 def split_folders(folder, split):
-    """The folders below which the images of a split are, and whether the folder says so by having train/ and val/."""
-    halves = [folder / "train", folder / "val"]
-    divided = all(half.is_dir() for half in halves)
-    return [half for half in halves if split in ("all", half.name)] if divided else [folder], divided
+    """The folders below which the images of a split are, and whether the folder says so by having two halves."""
+    halves = find_halves(folder)
+    return [half for half, name in zip(halves, ("train", "val")) if split in ("all", name)] or [folder], bool(halves)
 
 
 def places_of(split, count):
@@ -111,12 +311,13 @@ class ImageSet(torch.utils.data.Dataset):
     """The images of one split as uint8 tensors (3, size, size), read one at a time when they are asked for.
 
     `folder` is one of our sets (index.json and sheets of tiles, held in memory), or any folder of images, flat or with
-    one folder per class. A folder with train/ and val/ is split so; of any other every twentieth image, in a fixed
-    random order, is held out (a single image is both splits). `split` is "train", "val" or "all".
+    one folder per class. A folder with train/ and val/, or whatever the second is called, is split so; of any other
+    every twentieth image, in a fixed random order, is held out (a single image is both splits). `split` is "train",
+    "val" or "all". A text file beside an image, of the same name but for its ending, is its caption.
 
     Keys: an int gives the evaluation view (shorter side resized, centre crop), a pair (int, seed) the training view
     (random crop, random flip) that this seed stands for. A readable neighbour stands in for an unreadable file, so
-    every item comes with its own index, and with the names of files found unreadable on the way.
+    every item comes with its own index, and with what was wrong with files found unreadable on the way.
     """
 
     def __init__(self, folder, split, size):
@@ -163,9 +364,11 @@ class ImageSet(torch.utils.data.Dataset):
         """One dict per image: name and category, and for our own sets style, caption and more."""
         if self.from_sheets:
             return self.sheet_records
-        no_class = {self.folder, self.folder / "train", self.folder / "val"}
-        return [{"name": os.path.relpath(path, self.folder),
-                 "category": "" if Path(path).parent in no_class else Path(path).parent.name} for path in self.sources]
+        no_class = {self.folder, *find_halves(self.folder)}
+        found = [{"name": os.path.relpath(path, self.folder),
+                  "category": "" if Path(path).parent in no_class else Path(path).parent.name} for path in self.sources]
+        captions = map(caption_beside, self.sources)
+        return [{**record, "caption": text} if text else record for record, text in zip(found, captions)]
 
     def __len__(self):
         return len(self.sources)
@@ -178,8 +381,8 @@ class ImageSet(torch.utils.data.Dataset):
             try:
                 image = self.read(source)
                 break
-            except InputError:
-                unreadable.append(str(source))
+            except InputError as error:
+                unreadable.append(str(error))
         else:
             raise InputError(f"no image in {self.folder} can be read")
         return self.prepare(image, self.size, seed), (index + step) % len(self.sources), unreadable
@@ -201,9 +404,9 @@ class ImageSet(torch.utils.data.Dataset):
 
     @staticmethod
     def collate(items):
-        """Items -> images (B, 3, size, size), their indices and the names of unreadable files."""
-        images, indices, names = zip(*items)
-        return torch.stack(images), list(indices), [name for some in names for name in some]
+        """Items -> images (B, 3, size, size), their indices and what is wrong with unreadable files."""
+        images, indices, reasons = zip(*items)
+        return torch.stack(images), list(indices), [reason for some in reasons for reason in some]
 
     def views(self, batch_size=64, device="cpu", workers=0):
         """Yield the evaluation views of all images in their order, as floats (up to batch_size, 3, size, size)."""
@@ -221,7 +424,14 @@ class ImageSet(torch.utils.data.Dataset):
 
     def names(self):
         """The names of all images below `folder`, as bytes: the same wherever the folder is."""
-        return json.dumps([record.get("name") for record in self.records]).encode()
+        names = ([record.get("name") for record in self.records] if self.from_sheets else
+                 [os.path.relpath(path, self.folder) for path in self.sources])  # without reading their captions
+        return json.dumps(names).encode()
+
+    def places(self):
+        """The folders that the images lie in, links resolved."""
+        found = {self.folder} if self.from_sheets else {os.path.dirname(source) for source in self.sources}
+        return {Path(folder).resolve() for folder in found}
 
     def fingerprint(self):
         """SHA-256 of what the images depend on: pixels of our sheets; paths, sizes and dates of files; and the size."""
@@ -243,10 +453,9 @@ class ImageSet(torch.utils.data.Dataset):
                                              collate_fn=ImageSet.collate)
         try:
             for images, places, unreadable in loader:
-                for name in set(unreadable) - self.unreadable:
-                    self.unreadable.add(name)
-                    count = len(self.unreadable)
-                    print(f"skipped {name}, which cannot be read as an image ({count} so far)", file=sys.stderr)
+                for reason in set(unreadable) - self.unreadable:
+                    self.unreadable.add(reason)
+                    print(f"skipped: {reason} ({len(self.unreadable)} so far)", file=sys.stderr)
                 yield (images, places) if indices else images
         except InputError as error:  # a worker's comes with all its traceback
             raise InputError(str(error).strip().splitlines()[-1].removeprefix("support.files.InputError: ")) from None
@@ -269,5 +478,6 @@ class TrainingOrder:
             order = np.random.default_rng([self.seed, epoch]).permutation(self.count)
             for index in order[done:].tolist():
                 if position % self.ranks == self.rank:
-                    yield index, (self.seed * 2**40 + position) % 2**63
+                    # torch draws by the low 32 bits of this alone, so that the seed must be in them too.
+                    yield index, (self.seed * (2**40 + 2654435761) + position) % 2**63
                 position += 1

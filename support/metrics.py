@@ -1,5 +1,6 @@
 """Section 4.1's measures: of pixels, of the use of a codebook, and of what features understand."""
 
+import sys
 from collections import Counter, defaultdict
 
 import torch
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from support.files import InputError
 from support.images import eight_bits, resize_to
 from support.networks import lpips_vgg
-from support.text import caption_of, text_of
+from support.text import caption_of, text_of, tokens_of
 
 
 def psnr(x, y):
@@ -169,10 +170,8 @@ def understanding(model, teacher, train_images, test_images, batch_size=64, devi
     records of the two ImageSets have: NAME_transfer is the accuracy of a probe fitted to the teacher's training
     features and applied unchanged (Section 3.4: the language model is not trained for the tokenizer), NAME_probe that
     of one fitted to these features, NAME_neighbours that of 10 nearest neighbours. cosine is the mean similarity of a
-    token to the teacher's. drift_before_norm and drift_behind_norm are how far continuous patch tokens have moved from
-    the teacher's before the encoder's last norm, where LLaVA reads, and behind it: mean square error over the variance
-    of the teacher's. Empty
-    when the training images have fewer than two labels. Raises InputError when features are not finite.
+    token to the teacher's, and continuous tokens have the two of `drift` too. Empty when the training images have fewer
+    than two labels. Raises InputError when features are not finite.
     """
     names = {}
     for key in keys:
@@ -183,7 +182,7 @@ def understanding(model, teacher, train_images, test_images, batch_size=64, devi
                 [len(train_images), len(test_images)])  # (n,), (m,)
     if not names:
         return {}
-    pooled, cosines, drifts = {}, {}, {}
+    pooled, cosines = {}, {}
     for images in (train_images, test_images):
         for x in images.views(batch_size, device, workers):
             features = {"teacher": teacher(x), "continuous": model.encoder(x)}
@@ -195,11 +194,9 @@ def understanding(model, teacher, train_images, test_images, batch_size=64, devi
                 if images is test_images:
                     cosine = F.cosine_similarity(tokens, features["teacher"], dim=-1)  # (B, N)
                     cosines.setdefault(name, []).append(cosine.mean(1).cpu())
-            if images is test_images:
-                for where, moved, still in zip(("before_norm", "behind_norm"), around_norm(model.encoder, x),
-                                               around_norm(teacher, x)):
-                    error, size = (moved - still).pow(2).sum((0, 1)), (still - still.mean((0, 1))).pow(2).sum((0, 1))
-                    drifts.setdefault(where, []).append(torch.stack([error.sum(), size.sum()]).cpu())
+    if indices is not None and "discrete" not in pooled:
+        print("understanding of discrete tokens is left out: the model was saved without what is read of features from "
+              "codes, which train.py fits when a run ends", file=sys.stderr)
     pooled = {name: torch.cat(parts).split([len(train_images), len(test_images)]) for name, parts in pooled.items()}
     for name, parts in pooled.items():
         if not all(features.isfinite().all() for features in parts):
@@ -216,10 +213,29 @@ def understanding(model, teacher, train_images, test_images, batch_size=64, devi
             result[name][f"{key}_neighbours"] = nearest_neighbours(train, train_labels, test, test_labels)
     for name, values in cosines.items():
         result[name]["cosine"] = torch.cat(values).double().mean().item()
-    for where, values in drifts.items():
-        error, size = torch.stack(values).double().sum(0)
-        result["continuous"][f"drift_{where}"] = (error / size).item()
+    result["continuous"].update(drift(model.encoder, teacher, test_images, batch_size, device, workers))
     return result
+
+
+@torch.no_grad()
+def drift(encoder, teacher, images, batch_size=64, device="cpu", workers=0):
+    """How far an encoder's patch tokens of an ImageSet are from a teacher's, before its last norm and behind it.
+
+    {"drift_before_norm", "drift_behind_norm"} -> mean square error over the variance of the teacher's, both summed over
+    channels. LLaVA reads before the norm.
+    """
+    sums = {}
+    for x in images.views(batch_size, device, workers):
+        pairs = zip(around_norm(encoder, x), around_norm(teacher, x))
+        for where, pair in zip(("before_norm", "behind_norm"), pairs):
+            moved, still = (tokens.flatten(0, 1).cpu().double() for tokens in pair)  # (B * N, d)
+            parts = (moved - still).pow(2).sum(0), still.pow(2).sum(0), still.sum(0), len(still)
+            sums[where] = [old + new for old, new in zip(sums.get(where, [0] * 4), parts)]
+    found = {}
+    for where, (error, squares, total, count) in sums.items():
+        variance = squares / count - (total / count) ** 2  # (d,)
+        found[f"drift_{where}"] = (error.sum() / count / variance.sum()).item()
+    return found
 
 
 def around_norm(encoder, images):
@@ -310,7 +326,7 @@ def caption_accuracy(captioner, images, batch_size=64, device="cpu", workers=0):
     text, right = captioner.lm.text, {"exact": 0, "category": 0}
     for batch, places in images.batches(range(len(images)), batch_size, workers, indices=True):
         for said, place in zip(captioner.caption(batch.to(device).float() / 255), places):
-            wanted = text.decode(text.encode(text_of(images.records[place])).ids).strip()  # as the tokenizer spells it
+            wanted = text.decode(tokens_of(text, text_of(images.records[place]))).strip()  # as the tokenizer spells it
             right["exact"] += said == wanted
             right["category"] += said.split(": ")[0] == wanted.split(": ")[0]
     return {name: count / len(images) for name, count in right.items()}

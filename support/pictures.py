@@ -1,5 +1,6 @@
 """Pictures: images side by side, curves of a training, and what sample.py draws."""
 
+import os
 import re
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -7,9 +8,12 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageOps
+from PIL.PngImagePlugin import PngInfo
 from torchvision.transforms import functional as pixels
 
-from support.images import eight_bits
+from support.files import part_of, replacing, same_file
+from support.images import DRAWN_HERE, drawn_here, eight_bits
+from support.text import readable
 
 
 def tile(image, side):
@@ -20,10 +24,33 @@ def tile(image, side):
 
 
 def save(canvas, path):
-    """Write a picture, and the folder that it goes to if there is none."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    canvas.save(path)
+    """Write a PNG in one step, and the folder that it goes to if there is none; InputError when it cannot be written.
+
+    In it stands that it was drawn here, so that it is never taken for data.
+    """
+    note = PngInfo()
+    note.add_text("Software", DRAWN_HERE)
+    with replacing(path) as part:
+        canvas.save(part, "PNG", pnginfo=note)
+
+
+def save_figure(figure, path, dpi):
+    """Write a figure of matplotlib's as `save` writes a picture."""
+    with replacing(path) as part:
+        figure.savefig(part, dpi=dpi, format="png", metadata={"Software": DRAWN_HERE})
+
+
+def free(path, read=(), taken=()):
+    """The path, or one with as many _ behind its name as it takes for a picture to harm nobody there.
+
+    Not written over are files that are `read`, whatever they are called, any that was not drawn here, and the paths in
+    `taken`, whatever the case of their names.
+    """
+    path, taken = Path(path), {other.name.lower() for other in taken}
+    while (path.name.lower() in taken or os.path.lexists(path) and not drawn_here(path)
+           or any(same_file(each, file) for each in (path, part_of(path)) for file in read)):
+        path = path.with_name(f"{path.stem}_{path.suffix}")
+    return path
 
 
 def save_side_by_side(versions, path, columns=None, side=128):
@@ -55,7 +82,7 @@ def draw_curves(lines, path):
     if len(panels) > 2:
         del panels["gradient"]  # there is more to look at
     figure = Figure(figsize=(4 * len(panels), 3.2))
-    axes = figure.subplots(1, len(panels))
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for axis, (title, names) in zip(axes, panels.items()):
         for name in names:
             points = [(line["step"], line[name]) for line in lines if name in line]
@@ -67,13 +94,14 @@ def draw_curves(lines, path):
         if axis.lines:
             axis.legend(fontsize=8)
     figure.tight_layout()
-    figure.savefig(path, dpi=90)
+    save_figure(figure, path, dpi=90)
 
 
 def save_generated(images, captions, folder):
     """Write pictures of captions, one after the other as many of each: a file each, and grid.png with a row a caption.
 
-    images (n, 3, H, W) in [0, 1]; the files are named after the captions, "" among them, and numbered.
+    images (n, 3, H, W) in [0, 1]; the files are named after the captions, "" among them, and numbered. Returns the path
+    of the grid.
     """
     count = len(images) // len(captions)
     side, gap, label = 128, 6, 14
@@ -83,20 +111,24 @@ def save_generated(images, captions, folder):
     canvas = Image.new("RGB", (gap + columns * (side + gap), gap + len(captions) * height), "white")
     draw, names = ImageDraw.Draw(canvas), Counter()
     for place, caption in enumerate(captions):
-        draw.text((gap, gap + place * height - 2), caption or "(no caption)", "black")
-        name = re.sub(r"\W+", "-", caption.lower()).strip("-")[:60] or "unconditional"
+        draw.text((gap, gap + place * height - 2), readable(caption) or "(no caption)", "black")
+        name = re.sub(r"\W+", "-", caption.lower()).encode()[:180].decode(errors="ignore")  # no file's may be longer
+        name = name.strip("-")[:60] or "unconditional"
         for i, image in enumerate(images[place * count:(place + 1) * count]):
-            save(pixels.to_pil_image(eight_bits(image)), folder / f"{name}-{names[name]}.png")
+            save(pixels.to_pil_image(eight_bits(image)), free(folder / f"{name}-{names[name]}.png"))
             names[name] += 1  # the same caption twice must not write one file twice
             canvas.paste(tile(image, side), (gap + i % columns * (side + gap),
                                              gap + place * height + label + i // columns * (side + gap)))
-    save(canvas, folder / "grid.png")
+    path = free(folder / "grid.png")
+    save(canvas, path)
+    return path
 
 
 def draw_clusters(images, clusterings, path, rows=8, columns=8):
     """Clusterings of the same images beside each other, a row a cluster, with the images nearest to its centre.
 
-    images (n, 3, H, W) uint8; clusterings: {name: (labels (n,), distances to the centres (n,))}.
+    images (n, 3, H, W) uint8; clusterings: {name: (labels (n,), distances to the centres (n,))}. Returns the path, or
+    another where somebody else has a picture there.
     """
     side, gap, top, margin = 64, 3, 16, 24
     width = columns * (side + gap) + margin  # of one clustering
@@ -111,7 +143,9 @@ def draw_clusters(images, clusterings, path, rows=8, columns=8):
             members = (labels == cluster).nonzero()[:, 0]
             for column, member in enumerate(members[distances[members].argsort()][:columns]):
                 canvas.paste(tile(images[member], side), (left + column * (side + gap), top + row * (side + gap)))
+    path = free(path)
     save(canvas, path)
+    return path
 
 
 def draw_codes(codes, places, images, patch_size, count, columns, path):

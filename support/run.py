@@ -34,7 +34,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from support.files import InputError, digest, replace_text, replacing
+from support.files import InputError, digest, keep_apart, replace_text, replacing
 from support.images import TrainingOrder
 from support.metrics import codebook_usage
 from support.pictures import draw_curves
@@ -81,6 +81,9 @@ class Stage:
     teacher: nn.Module | None = None
 
 
+INIT = "model of --init (SHA-256)"  # among the settings of a run that began with one
+
+
 class Losses(nn.Module):
     """A function as the forward pass of a module that holds what it trains, for DistributedDataParallel."""
 
@@ -122,9 +125,14 @@ class Run:
     # --- what a driver sets up ---
 
     def read_images(self, size):
-        """Both splits of --data as images of `size` pixels."""
+        """Both splits of --data as images of `size` pixels; InputError when --out would write over what is read."""
+        out, folders = self.args.out, {name: getattr(self.config, name, None) for name in self.FOLDERS}
+        for place in (out, out / "vqrae"):
+            keep_apart(place, init=self.args.init, **folders)
         where, how = self.config.data, (size, self.args.stream, self.args.columns)
         self.train_images, val_images = open_images(where, "train", *how), open_images(where, "val", *how)
+        if out.resolve() in self.train_images.places() | val_images.places():
+            raise InputError(f"{out} holds images of --data {self.config.data}; choose another --out")
         workers = 0 if self.train_images.from_sheets else min(4, os.cpu_count() or 1)
         self.workers = workers if self.args.workers is None else self.args.workers
         self.fixed["training images"] = len(self.train_images)
@@ -374,7 +382,7 @@ class Run:
         self.damaged = bool(reasons)
         if self.damaged and self.rank == 0:
             print(f"cannot read the checkpoint {reasons[0]}; going back to the one before it", file=sys.stderr)
-        for name, value in self.settings().items():
+        for name, value in {INIT: None, **self.settings()}.items():
             if state["settings"].get(name) != value:
                 raise InputError(f"--resume continues a run with its own settings: {name} is "
                                  f"{state['settings'].get(name)!r} in {self.args.out}, not {value!r}")
@@ -397,7 +405,7 @@ class Run:
         """Go to step 0, or to the last checkpoint, as --resume and --overwrite say; InputError when neither may be."""
         args, first = self.args, self.rank == 0  # the first of all ranks writes and speaks
         if args.init:
-            self.fixed["model of --init (SHA-256)"] = digest((args.init / "model.safetensors").read_bytes())
+            self.fixed[INIT] = digest((args.init / "model.safetensors").read_bytes())
         args.out.mkdir(parents=True, exist_ok=True)
         begun = any(path.exists() for path in self.checkpoints)
         if args.resume and begun:
@@ -509,7 +517,13 @@ def stop_signals():
 
 @contextmanager
 def one_sentence_errors():
-    """End the program with a sentence, not a traceback, for what the user can mend."""
+    """End the program with a sentence, not a traceback, for what the user can mend.
+
+    What the terminal has no characters for is printed as "?".
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # what stands in its place may be anything
+            stream.reconfigure(errors="replace")
     try:
         yield
     except (InputError, OSError) as error:

@@ -9,7 +9,6 @@ import re
 from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
 from torchvision.io import ImageReadMode, decode_jpeg
@@ -30,7 +29,7 @@ def open_images(data, split, size, stream=False, columns=None):
     folder = Path(data)
     if not str(data).startswith("hub:") and not is_saved(folder) and not tar_files(data):
         if stream:
-            raise InputError(f"--stream is for sets that datasets reads, and {data} is a folder of images: leave it out")
+            raise InputError(f"--stream is for sets that datasets reads, and {data} is a folder of images: omit it")
         return ImageSet(data, split, size)
     return (Stream if stream else TableSet)(str(data), split, size, columns)
 
@@ -83,7 +82,8 @@ def datasets_for(data):
         raise
     except Exception as error:
         cause = error.__cause__ or error
-        raise InputError(f"cannot read {data}: {(str(cause) or type(cause).__name__).strip().splitlines()[0]}") from None
+        reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
+        raise InputError(f"cannot read {data}: {reason}") from None
 
 
 def load_splits(data, stream):
@@ -129,8 +129,8 @@ def find_columns(features, named, data):
     images = [name for name in names if isinstance(features[name], datasets.Image)]
     if not images:
         raise InputError(f"{data} has no column of images, but {', '.join(features)}")
-    labels = [name for name in names if isinstance(features[name], datasets.ClassLabel)] or [
-        name for name in sorted(names, key=lambda name: rank(name, CATEGORIES)) if rank(name, CATEGORIES) < len(CATEGORIES)]
+    labels = [name for name in names if isinstance(features[name], datasets.ClassLabel)] or sorted(
+        (name for name in names if rank(name, CATEGORIES) < len(CATEGORIES)), key=lambda name: rank(name, CATEGORIES))
     texts = sorted((name for name in names if is_text(features[name]) and name not in labels),
                    key=lambda name: rank(name, CAPTIONS))
     if texts and rank(texts[0], CAPTIONS) == len(CAPTIONS) and not named and (labels or len(texts) > 1):
@@ -141,7 +141,10 @@ def find_columns(features, named, data):
 
 
 def decode_image(row):
-    """What read_image makes of an undecoded image of a set; most JPEGs go through torchvision's decoder, which is quick."""
+    """What read_image makes of an undecoded image of a set; a JPEG goes through torchvision's decoder, which is quick.
+
+    Not one with a colour profile, which torchvision would pass over.
+    """
     name, data = (row or {}).get("path"), (row or {}).get("bytes")
     if data is None and name is None:
         raise InputError("cannot read an image that is missing")
@@ -150,7 +153,7 @@ def decode_image(row):
 
         with xopen(name, "rb") as file:
             data = file.read()
-    if data.startswith(b"\xff\xd8") and b"ICC_PROFILE\0" not in data:  # torchvision passes over colour profiles
+    if data.startswith(b"\xff\xd8") and b"ICC_PROFILE\0" not in data:
         try:
             encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
             image = decode_jpeg(encoded, ImageReadMode.RGB, apply_exif_orientation=True)  # (3, H, W)
@@ -188,6 +191,9 @@ class TableSet(ImageSet):
 
         paths = pyarrow.compute.struct_field(self.encoded.data.column(0), "path").to_pylist()
         return [paths[source] or str(source) for source in self.sources]
+
+    def places(self):
+        return {Path(file["filename"]).parent.resolve() for file in self.rows.cache_files}
 
     @functools.cached_property
     def records(self):
@@ -249,6 +255,9 @@ class Stream(ImageSet, torch.utils.data.IterableDataset):
 
     fingerprint = records.fget  # raises the same InputError
 
+    def places(self):
+        return set()  # that one could write over
+
     def names(self):
         return self.folder.rpartition("/")[2].encode()
 
@@ -298,7 +307,8 @@ class Stream(ImageSet, torch.utils.data.IterableDataset):
                     unreadable.append(str(error))
                     continue
                 # Different for every view of every process, and the same when it is shown again.
-                seed = order and int.from_bytes(hashlib.sha256(f"{order.seed} {place} {shown}".encode()).digest()[:7], "big")
+                draw = hashlib.sha256(f"{order and order.seed} {place} {shown}".encode())
+                seed = order and int.from_bytes(draw.digest()[:7], "big")
                 shown += 1
                 ends = order and shown % self.batch_size == 0
                 yield (self.prepare(image, self.size, seed), {place: (epoch, shown, state_dict())} if ends else None,

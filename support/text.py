@@ -37,6 +37,8 @@ def load_text_tokenizer(path, vocabulary):
             raise InputError(f"the text tokenizer {path} has no token {token}")
     if max(tokenizer.get_vocab().values()) >= vocabulary:
         raise InputError(f"the text tokenizer {path} has more tokens than the {vocabulary} of its model's config.json")
+    tokenizer.no_truncation()  # which the file may ask for, but nobody who reads one caption wants
+    tokenizer.no_padding()
     return tokenizer
 
 
@@ -45,10 +47,23 @@ def readable(text):
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
+def id_of(tokenizer, control):
+    """The id of START_OF_IMAGE or END_OF_TEXT; InputError for a model without a text tokenizer."""
+    if tokenizer is None:
+        raise InputError("this model has no text tokenizer, so it reads tokens and no captions")
+    return tokenizer.token_to_id(control)
+
+
 def tokens_of(tokenizer, text):
     """The tokens of a text, as a list of ids; what looks like a control token in it is text, like all else."""
+    if tokenizer is None:
+        raise InputError("this model has no text tokenizer, so it reads tokens and no captions")
+    text, controls = readable(text), {tokenizer.token_to_id(control) for control in (START_OF_IMAGE, END_OF_TEXT)}
     tokenizer.encode_special_tokens = True
-    return tokenizer.encode(readable(text), add_special_tokens=False).ids
+    ids = tokenizer.encode(text, add_special_tokens=False).ids
+    if controls & set(ids):  # a file of someone else's may not call them special
+        ids = tokenizer.encode(text.replace("<|", "< |"), add_special_tokens=False).ids
+    return [token for token in ids if token not in controls]
 
 
 def text_of(record):

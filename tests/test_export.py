@@ -1,6 +1,8 @@
 """What is exported: encoders that transformers reads, tokens in shards, graphs in ONNX."""
 
 import json
+import os
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -89,6 +91,43 @@ def test_an_interrupted_export_makes_only_the_codes_that_are_missing(photo_folde
     monkeypatch.setattr(vqrae.VQRAE, "encode", lambda model, x: (calls.append(len(x)), real(model, x))[1])
     export_tokens(model, images, tmp_path, 5)
     assert calls == [5] and (tmp_path / "index.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("content", ['["mine"]', '{"shards": ["00000.tar"]}'])
+def test_an_index_of_something_else_is_not_written_over(content, saved_model, photo_folder, tmp_path):
+    (tmp_path / "index.json").write_text(content)
+    with pytest.raises(SystemExit, match="has an index.json that is not of tokens; choose another --out"):
+        sample.main(["export", "--format", "tokens", "--model", str(saved_model), "--data", str(photo_folder), "--out",
+                     str(tmp_path), "--device", "cpu"])
+    assert (tmp_path / "index.json").read_text() == content
+
+
+@pytest.mark.parametrize("form, inside", [("hf", "tokenizer"), ("hf", "encoder"), ("tokens", ".")])
+def test_an_export_does_not_write_into_the_folder_of_its_model(form, inside, saved_model, photo_folder, tmp_path):
+    shutil.copytree(saved_model, tmp_path / "out" / inside, dirs_exist_ok=True)
+    (tmp_path / "link").symlink_to(tmp_path / "out" / inside)
+    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    with pytest.raises(SystemExit, match="is what --model .* reads, which would be lost; choose another --out"):
+        sample.main(["export", "--format", form, "--model", str(tmp_path / "link"), "--out", str(tmp_path / "out"),
+                     "--device", "cpu", *(["--data", str(photo_folder)] if form == "tokens" else [])])
+    assert before == {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+
+
+def test_tokens_are_not_written_into_the_folder_of_the_images(saved_model, photo_folder):
+    with pytest.raises(SystemExit, match="is what --data .* reads"):
+        sample.main(["export", "--format", "tokens", "--model", str(saved_model), "--data", str(photo_folder), "--out",
+                     str(photo_folder), "--device", "cpu"])
+
+
+def test_a_model_that_the_new_files_are_linked_to_is_not_changed(saved_model, tmp_path):
+    (tmp_path / "out/tokenizer").mkdir(parents=True)
+    os.link(saved_model / "model.safetensors", tmp_path / "out/tokenizer/model.safetensors")
+    (tmp_path / "out/tokenizer/config.json").symlink_to(saved_model / "config.json")
+    before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in saved_model.iterdir()}
+    sample.main(["export", "--format", "hf", "--model", str(saved_model), "--out", str(tmp_path / "out"), "--device",
+                 "cpu"])
+    assert before == {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in saved_model.iterdir()}
+    assert not (tmp_path / "out/tokenizer/config.json").is_symlink()
 
 
 def test_tokens_of_another_model_are_not_mixed_in(saved_model, photo_folder, tmp_path):

@@ -1,5 +1,6 @@
 """Files: written in one step or not at all, and read with a sentence for whatever is wrong with them."""
 
+import io
 import json
 import os
 from dataclasses import dataclass
@@ -46,6 +47,48 @@ def test_an_interruption_leaves_nothing_half_written_and_stays_an_interruption(t
         part.write_text("half")
         raise KeyboardInterrupt
     assert not list(tmp_path.iterdir())
+
+
+def test_files_of_a_folder_take_their_places_together(tmp_path):
+    files.replace_text(tmp_path / "out/a", "old")
+    files.replace_text(tmp_path / "out/kept", "kept")
+    with files.replacing_all(tmp_path / "out") as part:
+        files.replace_text(part / "a", "new")
+        files.replace_text(part / "deep/b", "new")
+        assert (tmp_path / "out/a").read_text() == "old" and not (tmp_path / "out/deep").exists()
+    found = {path.name: path.read_text() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    assert found == {"a": "new", "b": "new", "kept": "kept"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"a", "deep", "kept"}
+
+
+@pytest.mark.parametrize("before", [True, False])
+@pytest.mark.parametrize("kind", [OSError, SafetensorError, InputError])
+def test_of_a_folder_that_cannot_be_written_whole_nothing_changes(kind, before, tmp_path):
+    if before:
+        files.replace_text(tmp_path / "deep/out/a", "old")
+    with pytest.raises(InputError, match=f"cannot write .*{tmp_path}/deep/out") as said:
+        with files.replacing_all(tmp_path / "deep/out") as part:
+            files.replace_text(part / "a", "new")
+            raise kind(f"cannot write {part}/b")
+    assert ".part" not in str(said.value)
+    assert [path.read_text() for path in tmp_path.rglob("*") if path.is_file()] == ["old"] * before
+    assert (tmp_path / "deep/out").exists() == before
+
+
+def test_a_text_is_written_as_utf_8_whatever_the_locale_says(tmp_path, monkeypatch):
+    monkeypatch.setattr(io, "text_encoding", lambda encoding, level=2: encoding or "ascii")
+    files.replace_text(tmp_path / "file", "\u732b\n")
+    assert (tmp_path / "file").read_bytes() == "\u732b\n".encode()
+
+
+@pytest.mark.parametrize("name", ["out", "out/", "./out", "link", "out/deep/.."])
+def test_a_folder_that_is_read_is_not_written_to_by_whatever_name(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out/deep").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("out")
+    with pytest.raises(InputError, match="is what --data .*out reads, which would be lost; choose another --out"):
+        files.keep_apart(name, init=None, encoder="nobody/nothing", data=tmp_path / "out")
+    files.keep_apart(tmp_path / "out/deep", data=tmp_path / "out")
 
 
 # --- read with care ---

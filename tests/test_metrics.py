@@ -1,6 +1,7 @@
 """Measures of pixels, of the use of a codebook, and of what features understand, each against a reference."""
 
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,11 +10,13 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import seeds, small_model
+import vqrae
+from conftest import seeds, small_captioner, small_model, small_vit, text_lm
 from support.files import InputError
 from support.images import ImageSet
-from support.metrics import (cluster_measures, clusters, frechet_distance, generation, linear_probe, nearest,
-                             nearest_neighbours, psnr, retrieval, seam_errors, ssim, understanding)
+from support.metrics import (caption_accuracy, cluster_measures, clusters, drift, evaluate, fit_reading,
+                            frechet_distance, generation, linear_probe, loss_on_captions, loss_on_codes, nearest,
+                            nearest_neighbours, psnr, retrieval, seam_errors, ssim, understanding, usage)
 
 
 # --- pixels ---
@@ -45,6 +48,38 @@ def test_a_grid_of_patches_shows_in_the_seam_ratio_and_plain_noise_does_not():
     assert ratio[1][0] > 10 * ratio[1][1]
 
 
+@torch.no_grad()
+def test_the_figures_of_a_tokenizer_are_means_over_images_of_what_a_file_would_hold(photo_folder):
+    from skimage import metrics
+
+    model, encoder, images = small_model(q=6), small_model(seed=1).encoder, ImageSet(photo_folder, "all", 16)
+    x = torch.cat(list(images.views()))
+    found = evaluate(model, images, batch_size=5, frechet_encoder=encoder, lpips=lambda x, y: (x - y).mean((1, 2, 3)))
+    out = model(x)
+    x = F.interpolate(x, (24, 24), mode="bicubic", antialias=True).clamp(0, 1)
+    y = (out.reconstruction.clamp(0, 1) * 255).round() / 255
+    pairs = [(a.numpy(), b.numpy()) for a, b in zip(x, y)]
+    scores = [metrics.peak_signal_noise_ratio(a, b, data_range=1) for a, b in pairs]
+    assert found["psnr"] == pytest.approx(np.mean(scores), abs=1e-3) and found["images"] == 12
+    scores = [metrics.structural_similarity(a, b, data_range=1, channel_axis=0, gaussian_weights=True, sigma=1.5,
+                                            use_sample_covariance=False) for a, b in pairs]
+    assert found["ssim"] == pytest.approx(np.mean(scores), abs=1e-4)
+    assert found["lpips"] == pytest.approx((x - y).mean().item(), abs=1e-5)
+    error = (y - x).numpy()
+    steps = [np.diff(error, axis=axis) ** 2 for axis in (2, 3)]
+    seams = sum(np.take(step, [5, 11, 17], axis).mean() for axis, step in zip((2, 3), steps))  # patches of 6 x 6
+    others = sum(np.delete(step, [5, 11, 17], axis).mean() for axis, step in zip((2, 3), steps))
+    assert found["seam_ratio"] == pytest.approx(seams / others, rel=1e-3)
+    counts = out.indices.flatten().bincount(minlength=40).double()
+    share = counts[counts > 0] / counts.sum()
+    assert found["tokens"] == 12 * 16 and found["utilization"] == pytest.approx((counts > 0).double().mean().item())
+    assert found["perplexity"] == pytest.approx(np.exp(-(share * share.log()).sum().item()))
+    seen = [encoder(F.interpolate(side, (16, 16), mode="bicubic", antialias=True)).mean(1) for side in (x, y)]
+    assert found["frechet"] == pytest.approx(frechet_distance(*seen), rel=1e-3)
+    passed = usage(model, images, batch_size=7)
+    assert passed == {name: found[name] for name in ("utilization", "perplexity", "tokens")}
+
+
 # --- distances between sets of pictures ---
 
 
@@ -74,6 +109,17 @@ def test_the_nearest_picture_to_one_of_the_gallery_is_itself(seed, d, n):
     z = (gallery - gallery.mean(0)) / (gallery.std(0) + 1e-6)
     z = F.normalize(z, dim=1).double().numpy()
     assert np.allclose([z[i] @ z[j] for i, j in enumerate(found)], 1, atol=1e-5)
+
+
+@given(seed=seeds, d=st.integers(2, 8), n=st.integers(3, 20))
+def test_the_nearest_picture_is_by_cosine_of_channels_standardised_over_the_gallery(seed, d, n):
+    rng = np.random.default_rng(seed)
+    scale, shift = 10.0 ** rng.integers(-2, 3, d), 10 * rng.standard_normal(d)
+    gallery, features = (rng.standard_normal((count, d)) * scale + shift for count in (n, 5))
+    a, b = ((x - gallery.mean(0)) / gallery.std(0, ddof=1) for x in (features, gallery))
+    cosine = a @ b.T / np.linalg.norm(a, axis=1)[:, None] / np.linalg.norm(b, axis=1)
+    found = nearest(torch.tensor(features), torch.tensor(gallery)).numpy()
+    assert (cosine[np.arange(5), found] >= cosine.max(1) - 1e-3).all()
 
 
 def test_retrieval_counts_names_categories_and_subcategories():
@@ -184,12 +230,74 @@ def test_neighbours_of_features_that_are_all_zero_still_vote():
 
 
 def test_an_unchanged_encoder_understands_what_its_teacher_does(photo_folder):
-    model = small_model()
-    images = [ImageSet(photo_folder, "all", 16)] * 2
-    rows = understanding(model, model.encoder, *images)
+    model, images = small_model(), ImageSet(photo_folder, "all", 16)
+    fit_reading(model, images)
+    rows = understanding(model, model.encoder, images, images)
+    assert rows["continuous"].pop("drift_before_norm") == rows["continuous"].pop("drift_behind_norm") == 0
     assert rows["continuous"] == rows["teacher"] and rows["teacher"]["cosine"] == pytest.approx(1)
     assert rows["teacher"]["category_transfer"] == rows["teacher"]["category_probe"]
-    assert rows["discrete"]["cosine"] < 0.99
+    assert 0 < rows["discrete"]["cosine"] < 0.99
+
+
+def test_codes_that_nothing_reads_have_no_row(photo_folder):
+    images = ImageSet(photo_folder, "all", 16)
+    assert set(understanding(small_model(), small_model().encoder, images, images)) == {"teacher", "continuous"}
+
+
+@torch.no_grad()
+def test_understanding_is_of_means_over_tokens_and_of_distances_on_held_out_images_alone(photo_folder):
+    model, teacher = small_model(), small_model(seed=1).encoder
+    train, test = (ImageSet(photo_folder, split, 16) for split in ("train", "all"))
+    fit_reading(model, train)
+    rows = understanding(model, teacher, train, test, batch_size=5)
+    seen, labels = [torch.cat(list(images.views())) for images in (train, test)], []
+    for images in (train, test):
+        labels.append(torch.tensor([int(record["category"] == "class1") for record in images.records]))
+    out = model(seen[1])
+    ours = {"teacher": teacher(seen[1]), "continuous": out.features, "discrete": model.features_of(out.z_q)}
+    groups = [record["name"] for record in train.records]
+    for name, tokens in ours.items():
+        a, b = tokens.double().numpy(), ours["teacher"].double().numpy()
+        cosine = (a * b).sum(2) / np.linalg.norm(a, axis=2) / np.linalg.norm(b, axis=2)
+        assert rows[name]["cosine"] == pytest.approx(cosine.mean(), abs=1e-5)
+        [transfer] = linear_probe(teacher(seen[0]).mean(1), labels[0], [tokens.mean(1)], labels[1], groups)
+        assert rows[name]["category_transfer"] == transfer
+    trained = {"continuous": model.encoder(seen[0]).mean(1), "discrete": model.features_of(model(seen[0]).z_q).mean(1)}
+    for name, features in trained.items():
+        assert [rows[name]["category_probe"]] == linear_probe(features, labels[0], [ours[name].mean(1)], labels[1],
+                                                              groups)
+        votes = nearest_neighbours(features, labels[0], ours[name].mean(1), labels[1])
+        assert rows[name]["category_neighbours"] == votes
+    moved, still = ours["continuous"].double(), ours["teacher"].double()
+    drift = ((moved - still)**2).sum() / ((still - still.mean((0, 1)))**2).sum()
+    # Means are of each batch, so the variance is near the whole's.
+    assert rows["continuous"]["drift_behind_norm"] == pytest.approx(drift.item(), rel=0.1)
+
+
+def test_drift_before_the_norm_is_seen_where_the_norm_hides_it(photo_folder):
+    model, images = small_model(), ImageSet(photo_folder, "all", 16)
+    teacher = small_model().encoder
+    with torch.no_grad():  # what the blocks write is scaled by 3: LayerNorm takes it back
+        model.encoder.patch_embed.weight.mul_(3), model.encoder.patch_embed.bias.mul_(3)
+        model.encoder.positions.mul_(3), model.encoder.cls_token.mul_(3)
+        for block in model.encoder.blocks:
+            for layer in (block.attention.out, block.mlp[2]):
+                layer.weight.mul_(3), layer.bias.mul_(3)
+    row = understanding(model, teacher, images, images)["continuous"]
+    assert row["drift_before_norm"] > 1 and row["drift_behind_norm"] < 1e-3
+
+
+@torch.no_grad()
+def test_what_is_read_from_codes_is_numpys_least_squares(photo_folder):
+    model, images = small_model(), ImageSet(photo_folder, "train", 16)
+    fit_reading(model, images, batch_size=4)
+    out = model(torch.cat(list(images.views())))
+    codes = np.concatenate([out.z_q.flatten(0, 1), np.ones((16 * len(images), 1))], axis=1).astype(np.float64)
+    features = out.features.flatten(0, 1).double().numpy()
+    weights = np.linalg.lstsq(codes, features, rcond=3e-5)[0]  # less is rounding of float32
+    least = ((codes @ weights - features) ** 2).sum()
+    reached = ((model.features_of(out.z_q).flatten(0, 1).numpy() - features) ** 2).sum()
+    assert reached == pytest.approx(least, rel=0.01) and least > 0.01
 
 
 def test_without_labels_there_is_nothing_to_understand(tmp_path, photo_folder):
@@ -228,6 +336,9 @@ def test_what_clusters_follow_equals_scikit_learns_contingencies_and_numpys_vari
     centres = np.stack([colour[labels == label].mean(0) for label in labels])
     explained = 1 - ((colour - centres) ** 2).mean(0).sum() / colour.var(0).sum()
     assert found["colour_explained"] == pytest.approx(explained, abs=1e-4)
+    rough = sum((np.diff(images / 255, axis=axis) ** 2).mean((1, 2, 3)) for axis in (2, 3))  # (n,)
+    centres = np.array([rough[labels == label].mean() for label in labels])
+    assert found["roughness_explained"] == pytest.approx(1 - ((rough - centres)**2).mean() / rough.var(), abs=1e-3)
 
 
 def test_clusters_of_which_each_has_one_colour_and_one_category_explain_both():
@@ -266,3 +377,119 @@ def test_a_generator_that_writes_the_very_images_of_the_captions_is_right_and_sh
         assert rows["pictures"] == 12 and rows["generated"] == rows["reconstructed (reference)"]
         assert rows["generated"]["category"] == 1 > rows["shuffled captions (floor)"]["category"]
         assert rows["generated"]["frechet"] == pytest.approx(0, abs=1e-6)
+
+
+@torch.no_grad()
+def test_generated_pictures_are_held_against_held_out_images_and_all_real_ones_are_their_gallery(photo_folder):
+    encoder, photos = small_model().encoder, ImageSet(photo_folder, "all", 16)
+    train_images, val_images = ImageSet(photo_folder, "all", 16), ImageSet(photo_folder, "all", 16)
+    for images, places in ((train_images, range(7)), (val_images, range(7, 12))):
+        images.sources = [photos.sources[place] for place in places]
+    drawn = torch.rand(5, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    found = generation(lambda captions: drawn, lambda x: x, encoder, train_images, val_images, batch_size=3)
+    real = [torch.cat([encoder(x) for x in images.views()]).mean(1) for images in (train_images, val_images)]
+    written, gallery = encoder((drawn * 255).round() / 255).mean(1), torch.cat(real)
+    expected = frechet_distance(written, real[1])
+    right = [(train_images.records + val_images.records)[place]["category"] for place in nearest(written, gallery)]
+    for title, images in (("training captions", train_images), ("held-out captions", val_images)):
+        asked = [images.records[place]["category"] for place in images.spread_places(5)]
+        assert found[title]["generated"]["frechet"] == pytest.approx(expected, rel=1e-3)
+        assert found[title]["generated"]["category"] == np.mean([a == b for a, b in zip(asked, right)])
+
+
+# --- what language models write ---
+
+
+@given(batch=st.integers(1, 8), seed=seeds)
+@settings(max_examples=5)
+def test_the_loss_on_codes_is_a_mean_over_images_whatever_the_batch(batch, seed):
+    model, generator = text_lm(seed), torch.Generator().manual_seed(seed)
+    codes = torch.randint(20, (7, 9), generator=generator)
+    captions = ["red apple", "cat", "", "flag: Chile", "red", "cat face", "noto red apple"]
+    alone = []
+    with torch.no_grad():
+        for caption, row in zip(captions, codes):
+            tokens, _ = model.pack([model.prompt(caption)], row[None])
+            log_p = model(tokens).double().log_softmax(-1)[0]
+            end = len(tokens[0])
+            alone.append(-np.mean([log_p[i - 1, tokens[0, i]].item() for i in range(end - 9, end)]))
+    assert loss_on_codes(model, captions, codes, batch) == pytest.approx(np.mean(alone), rel=1e-4)
+
+
+def photos_of_words(photo_folder, folder):
+    """The photos in classes of names of one and of several tokens."""
+    for name, new in (("class0", "cat"), ("class1", "flag of a quite other kind")):
+        shutil.copytree(photo_folder / name, folder / new)
+    return ImageSet(folder, "all", 16)
+
+
+def test_the_loss_on_captions_is_a_mean_over_their_tokens_whatever_the_batch(photo_folder, tmp_path):
+    captioner, images = small_captioner(), photos_of_words(photo_folder, tmp_path)
+    total = count = 0
+    with torch.no_grad():
+        for x, record in zip(torch.cat(list(images.views())), images.records):
+            tokens = len(captioner.tokens(record["category"]))
+            total += tokens * captioner.loss(x[None], [record["category"]]).item()
+            count += tokens
+    for batch in (1, 5, 64):
+        assert loss_on_captions(captioner, images, batch) == pytest.approx(total / count, rel=1e-4)
+
+
+def test_a_caption_is_right_only_when_every_letter_is_and_its_category_when_what_stands_before_the_colon_is(
+        photo_folder, monkeypatch):
+    captioner, images = small_captioner(), ImageSet(photo_folder, "all", 16)
+    images.records = [{"category": "food", "caption": "red apple"} for _ in range(12)]
+    said = ["food: red apple"] * 3 + ["food: red appl"] * 2 + ["food"] * 1 + ["animals: red apple"] * 6
+    monkeypatch.setattr(captioner, "caption", lambda x: [said.pop(0) for _ in x])
+    assert caption_accuracy(captioner, images, batch_size=5) == {"exact": 3 / 12, "category": 6 / 12}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("final_norm", ["tokens", "class", "none"])
+def test_drift_is_the_square_error_over_the_teachers_variance_however_images_come_in_batches(final_norm, photo_folder):
+    images, config = ImageSet(photo_folder, "all", 16), replace(small_vit(), final_norm=final_norm)
+    torch.manual_seed(0)
+    moved, still = vqrae.Encoder(config), vqrae.Encoder(config)
+    x = torch.cat(list(images.views()))
+    before = [list(encoder.hidden_states(x))[-1][:, 1:].double() for encoder in (moved, still)]
+    behind = [encoder.norm(tokens.float()).double() for encoder, tokens in zip((moved, still), before)]
+    expected = {name: (((a - b) ** 2).mean((0, 1)).sum() / b.flatten(0, 1).var(0, unbiased=False).sum()).item()
+                for name, (a, b) in (("drift_before_norm", before), ("drift_behind_norm", behind))}
+    for batch_size in (5, 64):
+        assert drift(moved, still, images, batch_size) == pytest.approx(expected, rel=1e-4)
+    assert drift(still, still, images) == {"drift_before_norm": 0, "drift_behind_norm": 0}
+
+
+def test_a_model_without_a_reading_says_that_discrete_understanding_is_left_out(photo_folder, capsys):
+    images, model = ImageSet(photo_folder, "all", 16), small_model()
+    assert "discrete" not in understanding(model, model.encoder, images, images)
+    [line] = capsys.readouterr().err.splitlines()
+    assert "understanding of discrete tokens is left out" in line
+    for told in (small_model(quantizer="none"), small_model()):
+        fit_reading(told, images)
+        understanding(told, told.encoder, images, images)
+        assert not capsys.readouterr().err
+
+
+@torch.no_grad()
+def test_codes_are_read_where_the_inverse_of_the_way_in_would_amplify_noise(photo_folder):
+    model, images = small_model(codebook_dim=24), ImageSet(photo_folder, "all", 16)
+    u, scale, v = torch.linalg.svd(model.project_in.weight)
+    scale[4:] = 1e-4  # as after training: most of the singular values are small
+    model.project_in.weight.copy_(u @ scale.diag() @ v)
+    out = model(torch.cat(list(images.views())))
+    inverse = (out.z_q - model.project_in.bias) @ torch.linalg.pinv(model.project_in.weight).T
+    fit_reading(model, images)
+    read, inverted = (F.cosine_similarity(found, out.features, dim=2).mean() for found in (
+        model.features_of(out.z_q), inverse))
+    assert read > 0.7 and read > inverted + 0.3
+
+
+def test_a_caption_that_looks_like_a_control_token_can_be_told_right(photo_folder, tmp_path, monkeypatch):
+    for name in ("class0", "class1"):
+        shutil.copytree(photo_folder / name, tmp_path / f"<|endoftext|> {name}")
+    model, images = small_captioner(), ImageSet(tmp_path, "all", 16)
+    monkeypatch.setattr(model, "caption", lambda batch: ["<|endoftext|> class1"] * len(batch))
+    assert caption_accuracy(model, images) == {"exact": 0.5, "category": 0.5}
+    monkeypatch.setattr(model, "caption", lambda batch: ["class1"] * len(batch))
+    assert caption_accuracy(model, images) == {"exact": 0.0, "category": 0.0}

@@ -211,7 +211,8 @@ def test_the_paper_takes_little_from_support():
     for module, name in imports("vqrae.py"):
         if module.startswith("support"):
             found.setdefault(module, set()).add(name)
-    assert set(found) <= {f"support.{name}" for name in ("files", "images", "metrics", "quick", "text")}
+    assert set(found) <= {f"support.{name}" for name in ("checks", "files", "hub", "images", "metrics", "networks",
+                                                    "quick", "text")}
     assert found["support.images"] == {"resize_to"} and found["support.quick"] == {"quick_products"}
     assert found["support.metrics"] == {"codebook_usage", "psnr"}
 

@@ -21,6 +21,8 @@ import vqrae
 from conftest import (ROOT, assert_resume_is_exact, begin, command, log_of, make_run, small_vit, torchrun, weights,
                       write_shards)
 from export import save_encoder
+from support.images import ImageSet
+from support.metrics import evaluate, usage
 
 
 # --- what a run leaves ---
@@ -36,12 +38,22 @@ def test_a_run_leaves_all_its_files_and_figures(short_run, tmp_path, capsys):
     for name in ("loss", "mse", "perceptual", "codebook", "commitment", "lr", "images_per_second", "train_utilization",
                  "train_perplexity", "z_norm", "code_norm"):
         assert all(np.isfinite(line[name]) for line in lines), name
-    summary = json.loads((out / "summary.json").read_text())
-    for name in ("val_psnr", "val_ssim", "val_utilization", "val_perplexity", "train_utilization", "train_perplexity",
-                 "seconds", "images_per_second", "steps", "seed", "preset", "quantizer", "codebook_size",
-                 "codebook_dim"):
-        assert name in summary, name
-    assert vqrae.VQRAE.from_pretrained(out).config.codebook_size == 32
+    args = train.parse_args(short_run)
+    config = train.settings_for(args, args.stage)
+    rises = max(1, config.steps // 2)  # of the warm-up in a short run
+    assert lines[0]["lr"] == pytest.approx(config.learning_rate * 2 / rises)
+    assert lines[-1]["lr"] < config.learning_rate
+    summary, model = json.loads((out / "summary.json").read_text()), vqrae.VQRAE.from_pretrained(out)
+    train_images, val_images = (ImageSet(config.data, split, 16) for split in ("train", "val"))
+    expected = {f"val_{name}": value for name, value in evaluate(model, val_images).items()}
+    expected |= {f"train_{name}": value for name, value in usage(model, train_images).items()}
+    for found in (summary, lines[-1]):  # of the model that was saved
+        assert {name: found[name] for name in expected} == pytest.approx(expected, rel=1e-4)
+    assert expected["train_tokens"] == 11 * 16 and expected["val_tokens"] == 16
+    for name in ("steps", "quantizer", "codebook_size", "codebook_dim"):
+        assert summary[name] == getattr(config, name), name
+    assert (summary["seed"], summary["preset"], summary["train_loss"]) == (0, "tiny", lines[-1]["loss"])
+    assert summary["seconds"] > 0 and summary["images_per_second"] > 0
     for picture in ("reconstructions.png", "curves.png"):
         assert Image.open(out / picture).size[0] > 100
 
@@ -277,12 +289,13 @@ def test_the_learning_rate_warms_up_and_then_falls_to_its_end_value(short_run):
     assert late[600] == pytest.approx(run.config.end_factor)
 
 
-def test_the_average_starts_short_and_is_what_gets_saved(short_run, tmp_path):
+def test_the_average_is_what_gets_saved(short_run, tmp_path):
     train.main(short_run)
     state = torch.load(tmp_path / "run/checkpoint/state.pt", weights_only=True)
     saved = load_file(tmp_path / "run/model.safetensors")
-    assert all(torch.equal(saved[name], tensor) for name, tensor in state["average"].items())
-    assert any(not torch.equal(saved[name], tensor) for name, tensor in state["model"].items())
+    assert saved.pop("reading").any()  # fitted when training was over
+    assert all(torch.equal(tensor, state["average"][name]) for name, tensor in saved.items())
+    assert any(not torch.equal(tensor, state["model"][name]) for name, tensor in saved.items())
 
 
 # --- shards ---

@@ -1,5 +1,7 @@
 """Captions: what a record says, the text tokenizer, misread codes and turned colours."""
 
+import colorsys
+
 import pytest
 import torch
 from hypothesis import given
@@ -119,6 +121,22 @@ def test_a_green_apple_in_red_is_learned_as_a_red_apple_and_stays_an_apple():
 def test_grey_stays_grey_in_any_colour(old, new, grey):
     image = torch.full((1, 3, 8, 8), grey, dtype=torch.uint8)
     torch.testing.assert_close(turn_colour(image, old, new), image, atol=1, rtol=0)
+
+
+@given(old=st.sampled_from(list(COLOURS)), new=st.sampled_from(list(COLOURS)), strength=st.integers(60, 200))
+def test_what_is_turned_is_as_strong_as_its_new_colour_and_never_weaker_than_it_was(old, new, strength):
+    hue = COLOURS[old][0]
+    colour = [255 * value for value in colorsys.hsv_to_rgb(hue, strength / 230, 230 / 255)]  # from 230 down
+    image = torch.tensor(colour).round().byte().view(1, 3, 1, 1).expand(-1, -1, 8, 8)
+    turned = turn_colour(image, old, new).double()
+    spread = (turned.amax(1) - turned.amin(1)).mean().item()
+    wanted = COLOURS[new][1]
+    if strength >= wanted:
+        assert spread == pytest.approx(strength, abs=6)
+    else:  # stronger than it was, and near what is wanted, as far as channels end at 0 and 255
+        assert strength + 0.6 * (wanted - strength) - 6 < spread < wanted + 6
+    found = colorsys.rgb_to_hsv(*(turned[0, :, 0, 0] / 255).tolist())[0]
+    assert abs((found - COLOURS[new][0] + 0.5) % 1 - 0.5) < 0.03
 
 
 def test_captions_without_a_colour_are_not_recoloured(tmp_path):

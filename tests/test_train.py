@@ -17,6 +17,8 @@ import vqrae
 from conftest import (assert_resume_is_exact, begin, make_run, small_model, small_vit, take_steps, without_sizes,
                       write_shards)
 from export import save_encoder
+from support.files import InputError
+from support.images import ImageSet, find_images
 from support.text import caption_of
 
 
@@ -84,7 +86,83 @@ def test_networks_that_cannot_be_fetched_are_one_sentence_that_names_the_way_out
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     with pytest.raises(SystemExit, match="VGG16.* cannot be fetched .*; --perceptual vfm"):
         train.main(short_run + ["--perceptual", "lpips-convnext"])
-    assert sample.lpips_distance(torch.device("cpu")) is None
+    with pytest.raises(InputError, match="VGG16"):
+        sample.lpips_distance(torch.device("cpu"))
+
+
+# --- what a run reads and where it writes ---
+
+
+def out_at(arguments, out):
+    """Arguments of a run with another --out."""
+    return [*arguments[:arguments.index("--out") + 1], str(out), *arguments[arguments.index("--out") + 2:]]
+
+
+@pytest.mark.parametrize("way", ["itself", "a link", "another name", "a class folder"])
+def test_a_run_does_not_write_into_the_folder_of_its_images(way, short_run, photo_folder, tmp_path):
+    own = tmp_path / "own"
+    shutil.copytree(photo_folder, own)
+    (tmp_path / "link").symlink_to(own)
+    arguments = out_at(short_run, {"itself": own, "a link": tmp_path / "link", "a class folder": own / "class1",
+                                   "another name": own / "class0/.."}[way])
+    arguments[arguments.index("--data") + 1] = str(own)
+    before = sorted(own.rglob("*"))
+    with pytest.raises(SystemExit, match="error: .* choose another --out"):
+        train.main(arguments)
+    assert sorted(own.rglob("*")) == before
+
+
+def test_a_run_does_not_write_into_the_folder_of_its_encoder(short_run, encoder_folder, tmp_path):
+    shutil.copytree(encoder_folder, tmp_path / "encoder")
+    arguments = out_at(short_run, tmp_path / "encoder")
+    arguments[arguments.index("--encoder") + 1] = str(tmp_path / "encoder")
+    with pytest.raises(SystemExit, match="is what --encoder .* reads, which would be lost; choose another --out"):
+        train.main(arguments)
+    assert {path.name for path in (tmp_path / "encoder").iterdir()} == {path.name for path in encoder_folder.iterdir()}
+
+
+def test_stage_2_does_not_write_over_the_model_that_it_starts_from(second_stage, tmp_path):
+    before = (tmp_path / "first/model.safetensors").read_bytes()
+    with pytest.raises(SystemExit, match="is what --init .* reads"):
+        train.main([*out_at(second_stage, tmp_path / "first"), "--overwrite"])
+    assert (tmp_path / "first/model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize("out", ["tokenizer", "run"])
+def test_stage_ar_does_not_write_over_its_tokenizer(out, ar_run, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/vqrae").symlink_to(tmp_path / "tokenizer")
+    before = (tmp_path / "tokenizer/model.safetensors").read_bytes()
+    with pytest.raises(SystemExit, match="is what --tokenizer .* reads"):
+        train.main(out_at(ar_run, tmp_path / out))
+    assert (tmp_path / "tokenizer/model.safetensors").read_bytes() == before
+
+
+def test_a_run_inside_of_its_data_is_resumed_and_followed_on_the_same_images(short_run, photo_folder, tmp_path):
+    own = tmp_path / "own"
+    shutil.copytree(photo_folder, own)
+    arguments = out_at(short_run, own / "run")
+    arguments[arguments.index("--data") + 1] = str(own)
+    train.main(arguments)
+    find_images.cache_clear()  # as in a new process
+    before = (own / "run/model.safetensors").read_bytes()
+    train.main([*arguments, "--resume"])
+    assert (own / "run/model.safetensors").read_bytes() == before
+    assert (own / "run/reconstructions.png").exists()
+    assert {record["category"] for record in ImageSet(own, "all", 16).records} == {"class0", "class1"}
+
+
+def test_captions_beside_images_are_what_stage_ar_and_stage_caption_learn(ar_run, caption_run, photo_folder, tmp_path):
+    own = tmp_path / "own"
+    shutil.copytree(photo_folder, own)
+    for path in own.rglob("*.png"):
+        path.with_suffix(".txt").write_text("a gargoyle quaffs")
+    for arguments in (ar_run, caption_run):
+        arguments = out_at(arguments, tmp_path / arguments[1])
+        arguments[arguments.index("--data") + 1] = str(own)
+        train.main(arguments)
+        vocabulary = json.loads((tmp_path / arguments[1] / "tokenizer.json").read_text())["model"]["vocab"]
+        assert {"\u0120gargoyle", "\u0120quaffs"} <= set(vocabulary)
 
 
 # --- stage 2 ---
@@ -98,7 +176,7 @@ def test_in_stage_2_everything_trains_but_the_teacher_and_the_base_codebook(seco
     for name, tensor in stage.teacher.state_dict().items():
         assert torch.equal(tensor, first[f"encoder.{name}"]), f"the teacher's {name} changed"
     for name, tensor in run.model.state_dict().items():
-        fixed = name in ("quantizer.codebook", "feature_mean", "feature_std")
+        fixed = name in ("quantizer.codebook", "feature_mean", "feature_std", "reading")
         assert torch.equal(tensor, before[name]) == fixed, name
 
 
