@@ -298,7 +298,7 @@ def fake_imagenet(tmp_path_factory):
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (40, 32), colour_of(i)).save(path, quality=95)
     whole = (folder / "train/n0003/image_0015.JPEG").read_bytes()
-    (folder / "train/n0003/broken.JPEG").write_bytes(whole[:200] + b"broken")
+    (folder / "train/n0003/broken.JPEG").write_bytes(whole[:-20])
     return folder
 
 

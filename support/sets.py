@@ -15,10 +15,9 @@ from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms import functional as pixels
 
 from support.files import InputError
-from support.images import ImageSet, TrainingOrder, name_halves, places_of, read_image, split_folders
+from support.images import CAPTIONS, ImageSet, TrainingOrder, name_halves, places_of, read_image, split_folders
 
-CAPTIONS = ("caption", "captions", "text", "txt", "json")  # usual names of columns, the likeliest first
-CATEGORIES = ("label", "category", "class", "cls")
+CATEGORIES = ("label", "category", "class", "cls")  # usual names of columns, as CAPTIONS, the likeliest first
 
 
 def open_images(data, split, size, stream=False, columns=None):
@@ -27,7 +26,8 @@ def open_images(data, split, size, stream=False, columns=None):
     With `stream` a Stream of the latter. `columns`, names with commas between them, are the only columns to look at.
     """
     folder = Path(data)
-    if not str(data).startswith("hub:") and not is_saved(folder) and not tar_files(data):
+    from_hub = str(data).startswith("hub:") and not folder.is_dir()
+    if not from_hub and not is_saved(folder) and not tar_files(data):
         if stream:
             raise InputError(f"--stream is for sets that datasets reads, and {data} is a folder of images: omit it")
         return ImageSet(data, split, size)
@@ -90,11 +90,13 @@ def load_splits(data, stream):
     """The Datasets of `data` by the names of their splits, or with `stream` its IterableDatasets."""
     tars = tar_files(data)
     with datasets_for(data) as datasets:
-        if data.startswith("hub:"):
-            owner, name, *version = data.removeprefix("hub:").split("/")
-            return dict(datasets.load_dataset(f"{owner}/{name}", *version, streaming=stream))
         if tars:
             return dict(datasets.load_dataset("webdataset", data_files=tars, streaming=stream))
+        if not Path(data).is_dir():
+            names = data.removeprefix("hub:").split("/")
+            if len(names) not in (2, 3) or not all(names):
+                raise InputError(f"{data} is no set of the hub, which is called hub:USER/NAME or hub:USER/NAME/VERSION")
+            return dict(datasets.load_dataset("/".join(names[:2]), *names[2:], streaming=stream))
         found = datasets.load_from_disk(data)
         found = {"train": found} if isinstance(found, datasets.Dataset) else dict(found)
         return {name: part.to_iterable_dataset(min(64, len(part))) if stream else part for name, part in found.items()}
@@ -227,8 +229,8 @@ class Stream(ImageSet, torch.utils.data.IterableDataset):
     and every worker reads files of its own; any others the evaluation views in their order. Nobody knows how many
     images there are, nor can ask for one of them.
 
-    `state` is where the training views stand, by the place of a process among all. Resumed, they go on in the same
-    files, but pass over the images that waited in the buffer.
+    `state` says where this rank's training views stand, by the place of a process among all and their number. Resumed,
+    they go on in the same files, but pass over the images that waited in the buffer.
     """
 
     BUFFER = 1000
@@ -266,54 +268,54 @@ class Stream(ImageSet, torch.utils.data.IterableDataset):
         return next(self.batches(range(count), count)).float() / 255
 
     def batches(self, keys, batch_size, workers=0, indices=False):
-        self.order = keys if isinstance(keys, TrainingOrder) else None
-        if self.order and not self.order.start:
-            self.state = {}
-        self.batch_size, self.begin = batch_size, dict(self.state)
-        files = len(self) // (self.order.ranks if self.order else 1)
-        for images, places in super().batches(None, batch_size, min(workers, files), indices=True):
-            if self.order and places[-1]:
+        self.order = order = keys if isinstance(keys, TrainingOrder) else None
+        rank, ranks = (order.rank, order.ranks) if order else (0, 1)
+        workers = min(workers, len(self) // ranks)  # each has files of its own
+        count = max(1, workers)
+        self.batch_size, self.processes = batch_size, [(rank * count + i, ranks * count) for i in range(count)]
+        if order:
+            self.before = self.state if order.start else {}
+            self.state = {place: self.before[place] for place in self.processes if place in self.before}
+        for images, places in super().batches(None, batch_size, workers, indices=True):
+            if places[-1]:
                 self.state.update(places[-1])
             yield (images, places) if indices else images
 
-    def epoch(self, number, state=None):
-        """Rows of this rank and worker of one epoch, and the state after each; of evaluation views, of the only one."""
-        rows = self.rows
+    def rows_of(self, place, epoch, state):
+        """Yield the rows that a process reads in an epoch, from `state` on, each with a function that gives the next."""
         with datasets_for(self.folder) as datasets:
+            rows, number, count = self.rows, *place
             if self.order:
-                order = self.order
-                rows = datasets.distributed.split_dataset_by_node(
-                    rows.shuffle([order.seed, number], buffer_size=self.BUFFER), order.rank, order.ranks,
-                    "shards" if rows.num_shards >= order.ranks else "examples")
+                rows = rows.shuffle([self.order.seed, epoch], buffer_size=self.BUFFER)
+            rows = datasets.distributed.split_dataset_by_node(
+                rows, number, count, "shards" if rows.num_shards >= count else "examples")
             if state:
                 rows.load_state_dict(state)
-            for row in rows:
-                yield row[self.column], rows.state_dict
+            for batch in rows.iter(1):  # iter(rows) would share out once more what a worker has
+                yield batch[self.column][0], rows.state_dict
 
     def __iter__(self):
-        worker, order = torch.utils.data.get_worker_info(), self.order
-        number, count = (worker.id, worker.num_workers) if worker else (0, 1)
-        place = f"{order.rank * count + number} of {order.ranks * count}" if order else ""
-        # With another number of processes than before, each begins at the start of an epoch that none has seen.
-        later = max((epoch + 1 for epoch, _, _ in self.begin.values()), default=0)
-        first, shown, state = self.begin.get(place, (later, 0, None))
-        unreadable = []
-        for epoch in itertools.count(first) if order else [0]:
-            before = shown
-            for row, state_dict in self.epoch(epoch, state):
+        worker = torch.utils.data.get_worker_info()
+        place, unreadable = self.processes[worker.id if worker else 0], []
+        first, shown, state = 0, 0, None
+        if self.order:  # with other processes than before, each begins an epoch that none has seen
+            later = max((epoch + 1 for epoch, _, _ in self.before.values()), default=0)
+            first, shown, state = self.before.get(place, (later, 0, None))
+        for epoch in itertools.count(first) if self.order else [0]:
+            begun, seed, after = shown if state is None else -1, None, None
+            for row, next_state in self.rows_of(place, epoch, state):
                 try:
                     image = decode_image(row)
                 except InputError as error:
                     unreadable.append(str(error))
                     continue
-                # Different for every view of every process, and the same when it is shown again.
-                draw = hashlib.sha256(f"{order and order.seed} {place} {shown}".encode())
-                seed = order and int.from_bytes(draw.digest()[:7], "big")
                 shown += 1
-                ends = order and shown % self.batch_size == 0
-                yield (self.prepare(image, self.size, seed), {place: (epoch, shown, state_dict())} if ends else None,
-                       unreadable)
+                if self.order:  # of every view of every process another seed
+                    drawn = hashlib.sha256(f"{self.order.seed} {place} {shown}".encode()).digest()
+                    seed = int.from_bytes(drawn[:7], "big")
+                    after = {place: (epoch, shown, next_state())} if shown % self.batch_size == 0 else None
+                yield self.prepare(image, self.size, seed), after, unreadable
                 unreadable = []
-            if shown == before and state is None:
+            if shown == begun:
                 raise InputError(f"no image in {self.folder} can be read")
             state = None
