@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import tempfile
 from contextlib import suppress
 from pathlib import Path
 
@@ -25,12 +26,14 @@ import train
 import vqrae
 from export import save_encoder
 from presets import FIXED_BY_QWEN3
-from support.run import Run
+from support.run import Run, choose_device
 from support.text import END_OF_TEXT, START_OF_IMAGE, train_text_tokenizer
 
 # One thread a process, here and in what a test starts: at a test's sizes more of them wait for each other.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
+CACHE = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)  # of datasets, which reads this when it is imported
+os.environ.update(HF_DATASETS_CACHE=CACHE.name, HF_DATASETS_DISABLE_PROGRESS_BARS="1")
 
 settings.register_profile("repeatable", max_examples=20, deadline=None, derandomize=True)
 settings.load_profile("repeatable")
@@ -38,6 +41,16 @@ settings.load_profile("repeatable")
 ROOT = Path(__file__).resolve().parent
 
 seeds = st.integers(0, 2**31)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--device", default="cpu", help="what tests/test_device.py computes on: cpu, cuda or mps")
+
+
+@pytest.fixture(scope="session")
+def device(request):
+    """The torch device of --device."""
+    return choose_device(request.config.getoption("--device"))
 
 
 # --- small models, and twins of them in transformers ---
@@ -198,9 +211,9 @@ def qwen3_with_text(qwen3_twin, tmp_path):
 
 def edit(path, old, new):
     """Damage a text file: `new` in place of `old`, which must be there."""
-    text = path.read_text()
+    text = path.read_text(encoding="utf-8")
     assert old in text
-    path.write_text(text.replace(old, new))
+    path.write_text(text.replace(old, new), encoding="utf-8")
 
 
 RED = (200, 40, 10)
@@ -231,7 +244,7 @@ def normalise(images):
     return (images - mean) / std
 
 
-# --- shards ---
+# --- sets that datasets reads ---
 
 
 def colour_of(i):
@@ -245,49 +258,54 @@ def number_of(image):
     return int(red // 16) + 16 * int(green // 16) + 256 * int(blue // 32)
 
 
-def write_shards(folder, count, images):
-    """Tar shards as others write them: 00000.jpg, 00000.cls and so on; image i is of colour i."""
+def coloured_png(i):
+    """The bytes of an image of colour i."""
+    file = io.BytesIO()
+    Image.new("RGB", (20, 16), colour_of(i)).save(file, "PNG")
+    return file.getvalue()
+
+
+def write_tars(folder, count, images):
+    """WebDataset's tars: 00000.png, of colour i, with a mask, depth and captions, and what macOS adds to each file."""
     folder.mkdir()
-    for shard in range(count):
-        with tarfile.open(folder / f"some-{shard:06}.tar", "w") as tar:
-            for i in range(shard * images, (shard + 1) * images):
-                file = io.BytesIO()
-                Image.new("RGB", (20, 16), colour_of(i)).save(file, "JPEG" if i % 3 else "PNG")
-                described = {"cls": b"a class", "txt": b"a caption" if i % 2 else "\u00e9t\u00e9".encode(),
-                             "json": b'{"category": "other"}' if i % 5 == 0 else b"[1"}
-                for kind, data in {**described, "jpg" if i % 3 else "seg.PNG": file.getvalue()}.items():
-                    member = tarfile.TarInfo(f"v1.0/{i:05}.{kind}")
-                    member.size = len(data)
-                    tar.addfile(member, io.BytesIO(data))
-
-
-# data/imagenet/prepare.py, which is no module
-packing = importlib.util.spec_from_file_location("packing", ROOT / "data/imagenet/prepare.py")
-prepare = importlib.util.module_from_spec(packing)
-packing.loader.exec_module(prepare)
+    for number in range(count):
+        with tarfile.open(folder / f"some-{number:06}.tar", "w") as tar:
+            for i in range(number * images, (number + 1) * images):
+                sample = {"depth.png": coloured_png(900), "png": coloured_png(i), "seg.png": coloured_png(901),
+                          "cls": b"3", "json": b'["one", "two"]', "txt": f" \u00e9t\u00e9 {i}\n".encode()}
+                for kind, data in sample.items():
+                    for name, content in ((f"v1/._{i:05}.{kind}", b"nothing"), (f"v1/{i:05}.{kind}", data)):
+                        member = tarfile.TarInfo(name)
+                        member.size = len(content)
+                        tar.addfile(member, io.BytesIO(content))
+    return folder
 
 
 def pack(source, out, *more):
-    """Pack images into shards of 100, by data/imagenet/prepare.py."""
-    prepare.main(["--source", str(source), "--out", str(out), "--shard-size", "100", "--workers", "2", *more])
+    """Pack images by data/imagenet/prepare.py, which is no module."""
+    packing = importlib.util.spec_from_file_location("packing", ROOT / "data/imagenet/prepare.py")
+    prepare = importlib.util.module_from_spec(packing)
+    packing.loader.exec_module(prepare)
+    prepare.main(["--source", str(source), "--out", str(out), "--workers", "1", *more])
 
 
 @pytest.fixture(scope="session")
 def fake_imagenet(tmp_path_factory):
-    """2,000 JPEGs of 40 x 32 pixels in 20 classes, one colour each, 100 of them in val/; and a file that is none."""
+    """400 JPEGs of 40 x 32 pixels in 20 classes, one colour each, 20 of them in val/; and a file that is none."""
     folder = tmp_path_factory.mktemp("imagenet")
-    for i in range(2000):
+    for i in range(400):
         path = folder / ("val" if i % 20 == 7 else "train") / f"n{i % 100 // 5:04}" / f"image_{i:04}.JPEG"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (40, 32), colour_of(i)).save(path, quality=95)
-    (folder / "train/n0003/broken.JPEG").write_bytes(b"\xff\xd8 broken")
+    whole = (folder / "train/n0003/image_0015.JPEG").read_bytes()
+    (folder / "train/n0003/broken.JPEG").write_bytes(whole[:-20])
     return folder
 
 
 @pytest.fixture(scope="session")
 def packed(fake_imagenet, tmp_path_factory):
-    """The shards of `fake_imagenet`."""
-    out = tmp_path_factory.mktemp("packed")
+    """The set of `fake_imagenet`."""
+    out = tmp_path_factory.mktemp("packed") / "set"
     pack(fake_imagenet, out)
     return out
 

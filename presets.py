@@ -13,8 +13,8 @@ ROOT = Path(__file__).resolve().parent
 class CommonConfig:
     """Settings of every stage."""
 
-    data: str = setting("images", "folder of images, flat or a folder a class, or of tar shards; "
-                        "shards-{000..009}.tar; a URL of shards")
+    data: str = setting("images", "folder of images, flat or a folder a class; a set that datasets saved; "
+                        "hub:USER/NAME; tars of WebDataset: a folder, shards-{000..009}.tar, a URL")
     steps: int = setting("optimisation", "training steps")
     batch_size: int = setting("optimisation", "images a step", most=2**20)
     accumulate: int = setting("optimisation", "parts a step's images are taken in, to save memory")

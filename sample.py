@@ -31,9 +31,10 @@ from support.codes import codes_of
 from support.files import InputError, keep_apart, read_config, read_json, replacing_all
 from support.images import ImageSet, eight_bits, read_image, resize_to
 from support.metrics import lpips_distance
+from support.networks import inception
 from support.run import choose_device, one_sentence_errors
-from support.settings import fill_in, leave_open, number, refuse_dashes, sampling_flags
-from support.shards import open_images
+from support.settings import add_set_flags, fill_in, leave_open, number, refuse_dashes, sampling_flags
+from support.sets import open_images
 from support.text import caption_of
 from unitok import load_language_model, load_tokenizer, writes_codes_of, zero_shot
 
@@ -88,6 +89,11 @@ def read_files(args, device):
         raise InputError("none of the given files could be read as an image")
 
 
+def images_of(args, split, size):
+    """The images of a split of --data."""
+    return open_images(args.data, split, size, args.stream, args.columns)
+
+
 @torch.no_grad()
 def reconstruct(args, device):
     """Write NAME.png for every image file: the original, then what the model makes of it, and any model --beside it.
@@ -99,7 +105,7 @@ def reconstruct(args, device):
         raise InputError("--generator needs captions, which image files do not have; leave the files out")
     models = [open_model(args, device)] + [load_tokenizer(folder).to(device) for folder in args.beside]
     if not args.images:
-        source = open_images(args.data, args.split, args.image_size)
+        source = images_of(args, args.split, args.image_size)
         images = source.spread(24).to(device)
         versions = [images] + [model(images).reconstruction for model in models]
         if args.generator:
@@ -158,7 +164,7 @@ def codes(args, device):
     last = getattr(model.config, "codebooks", 1) - 1
     if args.codebook > last:
         raise InputError(f"--codebook {args.codebook}: {args.model} has codebooks 0 to {last}")
-    images = open_images(args.data, args.split, args.image_size)
+    images = images_of(args, args.split, args.image_size)
     keys = range(len(images.records))  # InputError for a stream, of which no image can be asked for again
     indices, places = codes_of(model, images, keys, args.batch_size, device)  # (n, N), (n,)
     if indices.dim() == 3:  # (n, N, M) with M codebooks
@@ -173,7 +179,8 @@ def codes(args, device):
 
 # Which flags of evaluate are for which kind of model, and which flags of export for which format; others are for all.
 USED_BY = {
-    "tokenizer": ("image_size", "split", "frechet_encoder", "frechet_size", "lpips", "teacher", "clusters"),
+    "tokenizer": ("image_size", "split", "at", "rfid", "lpips", "frechet_encoder", "frechet_size", "teacher",
+                  "clusters"),
     "generator": ("frechet_encoder", "count", "cfg_scale", "temperature", "top_k", "top_p", "seed"),
     "captioner": ("image_size", "split", "encoder"),
     "hf": (), "tokens": ("data", "split", "image_size", "batch_size", "shard_size"), "onnx": ("image_size",),
@@ -201,7 +208,7 @@ def export(args, device):
               f"{type(model).__module__}.{type(model).__name__}.from_pretrained")
     elif args.format == "tokens":
         keep_apart(args.out, model=args.model, data=args.data)
-        images = open_images(args.data, args.split, args.image_size)
+        images = images_of(args, args.split, args.image_size)
         index = export_tokens(model, images, args.out, args.shard_size, args.batch_size, device)
         print(f"{args.out}/index.json: {sum(shard['images'] for shard in index['shards'])} images of "
               f"{index['tokens_per_image']} tokens in {len(index['shards'])} shards")
@@ -232,12 +239,14 @@ def evaluate_tokenizer(args, device):
         raise InputError("--clusters 1 would put all images into one; ask for 2 or more")
     if args.clusters and model.config.quantizer == "none":
         raise InputError(f"the model in {args.model} has no discrete tokens to cluster (--quantizer none)")
-    images = open_images(args.data, args.split, args.image_size)
+    images = images_of(args, args.split, args.image_size)
     encoder = vqrae.load_encoder(args.frechet_encoder).to(device)
     teacher = vqrae.load_encoder(args.teacher).to(device)
-    result = metrics.evaluate(model, images, args.batch_size, device, frechet_encoder=encoder,
-                              lpips=lpips_distance(device) if args.lpips else None, frechet_size=args.frechet_size)
-    result = {"split": args.split, **result}
+    result = metrics.evaluate(
+        model, images_of(args, args.split, args.at) if args.at else images, args.batch_size, device,
+        frechet_encoder=encoder, frechet_size=args.frechet_size, lpips=lpips_distance(device) if args.lpips else None,
+        rfid=inception(device) if args.rfid else None, model_size=args.image_size if args.at else None)
+    result |= {"split": args.split, "tokens_per_image": (args.image_size // model.config.encoder.patch_size) ** 2}
     if "frechet" in result:  # named after its encoder and never called rFID, which is Inception's
         size = f"_at_{args.frechet_size}_pixels" if args.frechet_size else ""
         result[f"frechet_{Path(args.frechet_encoder).name}{size}"] = result.pop("frechet")
@@ -245,7 +254,7 @@ def evaluate_tokenizer(args, device):
         print(f"{name:32} {value:.4f}" if isinstance(value, float) else f"{name:32} {value}")
     if args.split == "val" and sizes(teacher) == sizes(model.encoder):
         # A probe is fitted to the training images and asked about held-out ones.
-        train_images = open_images(args.data, "train", args.image_size)
+        train_images = images_of(args, "train", args.image_size)
         teacher.config = model.encoder.config  # read where the model reads, behind the last norm or before it
         result["understanding"] = metrics.understanding(model, teacher, train_images, images, args.batch_size, device)
         print_table("features", result["understanding"], 12, 24)
@@ -278,7 +287,7 @@ def evaluate_generator(args, device):
     """Do pictures show what their captions say, and do they look like the held-out images? See `metrics.generation`."""
     lm, model = open_generator(args.model, device)
     encoder, name = vqrae.load_encoder(args.frechet_encoder).to(device), Path(args.frechet_encoder).name
-    train_images, val_images = (open_images(args.data, split, model.config.image_size) for split in ("train", "val"))
+    train_images, val_images = (images_of(args, split, model.config.image_size) for split in ("train", "val"))
     result = metrics.generation(
         partial(write, args, lm, model), lambda x: model(x.to(device)).reconstruction.cpu(), encoder,
         train_images, val_images, args.count, args.batch_size, args.seed, f"frechet_{name}")
@@ -292,7 +301,7 @@ def evaluate_generator(args, device):
 def evaluate_captioner(args, device):
     """Shares of right captions and categories with the captioner's own encoder and with each --encoder in its place."""
     captioner = open_model(args, device, vqrae.Captioner.from_pretrained)
-    images = open_images(args.data, args.split, args.image_size)
+    images = images_of(args, args.split, args.image_size)
     result = {}
     for source in [None, *args.encoder]:
         if source is not None:
@@ -315,7 +324,8 @@ def add_command(commands, command, folder, split=None):
     if command is not generate:
         add("--image-size", type=number(int, most=16384), help="side in pixels (default: the model's)")
     if split:
-        add("--data", default=str(ROOT / "data/emoji"), help="folder of images (default: the emoji)")
+        add("--data", default=str(ROOT / "data/emoji"), help="as for train.py (default: the emoji)")
+        add_set_flags(add)
         add("--split", choices=["val", "train", "all"], default=split, help="val: the held-out images")
     if command in (evaluate, caption):
         add("--encoder", nargs="+" if command is evaluate else 1, default=[], metavar="MODEL",
@@ -326,6 +336,9 @@ def add_command(commands, command, folder, split=None):
 def evaluate_flags(parser):
     """What evaluate has beside; --help says of which kind of model, and USED_BY does."""
     add, tiny_vit = parser.add_argument, str(ROOT / "data/tiny_vit")
+    add("--rfid", action="store_true", help="of a tokenizer: the paper's Frechet distance; fetches Inception-v3")
+    add("--at", type=number(int, most=16384), metavar="PIXELS",
+        help="of a tokenizer: side of the images, if the model shall see them resized to --image-size (as in Table 2)")
     add("--frechet-encoder", default=tiny_vit,
         help="whose mean patch features the Frechet distance compares; it is named after it")
     add("--frechet-size", type=number(int, most=4096), metavar="PIXELS",

@@ -81,17 +81,23 @@ def stage_1(run, config):
     run.train(model, make_optimizers(model, config, config.learning_rate, run.bf16))
     forward, captioned = run.compiled(model), isinstance(config, StageOneConfig)  # a second supervision
 
+    def losses(images, places, generator):
+        with run.autocast():
+            out = forward(images)  # X' (B, 3, H*q/p, W*q/p), Z_I (B, N, d), indices (B, N) and L_quant
+            loss, terms = vqrae.stage1_loss(images, out, perceptual, config.perceptual_weight, config.quantizer_weight,
+                                            generator)  # Eq. 4
+            if captioned:
+                loss, terms = model.supervise(loss, terms, out, config, train_images, places)
+        return loss, terms, out
+
+    losses = run.shared(model, losses)
+
     def step(batch):
         batch, places = batch
         generator = run.generator()
         for part in run.parts(len(batch)):
             images = batch[part].to(run.device).float() / 255  # (B, 3, H, W) in [0, 1]
-            with run.autocast():
-                out = forward(images)  # X' (B, 3, H*q/p, W*q/p), Z_I (B, N, d), indices (B, N) and L_quant
-                loss, terms = vqrae.stage1_loss(images, out, perceptual, config.perceptual_weight,
-                                                config.quantizer_weight, generator)  # Eq. 4
-                if captioned:
-                    loss, terms = model.supervise(loss, terms, out, config, train_images, places[part])
+            loss, terms, out = losses(images, places[part], generator)
             run.backward(loss, terms)
             note_reconstruction(run, model, images, out)
         run.update()
@@ -119,31 +125,38 @@ def train_everything(run, config, model, val_images, *further, **options):
     discriminator = train_discriminator(run, config) if config.adversarial_weight > 0 else None
     forward, captioned = run.compiled(model), isinstance(config, StageOneConfig)  # a second supervision
 
+    def losses(images, places, generator, judge):
+        with run.autocast():
+            out = forward(images)  # X' (B, 3, H*q/p, W*q/p), Z_I (B, N, d), indices (B, N) and L_quant
+            with torch.no_grad():
+                teacher_features = teacher(images) if distils else None  # T(X) (B, N, d)
+            loss, terms = vqrae.stage2_loss(
+                images, out, perceptual, config.perceptual_weight, config.quantizer_weight, generator, teacher_features,
+                config.distillation_weight, judge, config.adversarial_weight)  # Eq. 6
+            if captioned:
+                loss, terms = model.supervise(loss, terms, out, config, run.train_images, places)
+        return loss, terms, out
+
+    losses = run.shared(model, losses)
+    if discriminator is not None:
+        discriminator_losses = run.shared(discriminator, functools.partial(discriminator.loss,
+                                                                           over_ranks=run.over_ranks))
+
     def step(batch):
         batch, places = batch
         generator = run.generator()
-        judged = discriminator is not None and run.done >= config.discriminator_start
+        judge = discriminator if discriminator is not None and run.done >= config.discriminator_start else None
         for part in run.parts(len(batch)):
             images = batch[part].to(run.device).float() / 255  # (B, 3, H, W) in [0, 1]
-            with run.autocast():
-                out = forward(images)  # X' (B, 3, H*q/p, W*q/p), Z_I (B, N, d), indices (B, N) and L_quant
-                with torch.no_grad():
-                    teacher_features = teacher(images) if distils else None  # T(X) (B, N, d)
-                loss, terms = vqrae.stage2_loss(
-                    images, out, perceptual, config.perceptual_weight, config.quantizer_weight, generator,
-                    teacher_features, config.distillation_weight, discriminator if judged else None,
-                    config.adversarial_weight)  # Eq. 6
-                if captioned:
-                    loss, terms = model.supervise(loss, terms, out, config, run.train_images, places[part])
-            if judged:  # the discriminator's turn: it sees the same reconstructions, and moves nothing but itself
-                fake = out.reconstruction.detach().float()
-                discriminator_loss, logits = discriminator.loss(resize_to(images, fake), fake,
-                                                                over_ranks=run.over_ranks)
-                run.backward(discriminator_loss, logits, name="discriminator_loss")
+            loss, terms, out = losses(images, places[part], generator, judge)
             run.backward(loss, terms)
+            if judge is not None:  # the discriminator's turn: it sees the same pictures, and moves nothing but itself
+                fake = out.reconstruction.detach().float()
+                loss, logits = discriminator_losses(resize_to(images, fake), fake)
+                run.backward(loss, logits, name="discriminator_loss")
             note_reconstruction(run, model, images, out)
         run.update()
-        if judged:
+        if judge is not None:
             discriminator.remember(*run.whole_batch("real_logit", "fake_logit"))
 
     return tokenizer_stage(run, config, teacher, val_images, step, *further, **options)
@@ -247,7 +260,7 @@ def stage_ar(run, config):
     run.fixed["codes of the images (SHA-256)"] = digest(*codes.values())
     run.fixed["text tokenizer (SHA-256)"] = digest(model.text.to_str().encode())
     run.train(model, make_optimizers(model, config, config.learning_rate, run.bf16))
-    forward = run.compiled(model.loss)
+    losses = run.shared(model, run.compiled(model.loss))
 
     def batches():  # every rank knows all of a batch, and takes its share when all is drawn
         keys = iter(TrainingOrder(len(codes["train"]), run.args.seed, run.done * config.batch_size))
@@ -267,7 +280,7 @@ def stage_ar(run, config):
             tokens, first = model.pack(prompts[part], written[part])  # (B, n), (B,)
             seen, _ = model.pack(prompts[part], read[part])  # (B, n)
             with run.autocast():
-                loss = forward(tokens, first, seen)  # cross-entropy of the codes alone
+                loss = losses(tokens, first, seen)  # cross-entropy of the codes alone
             run.backward(loss)
         run.update()
 
@@ -318,7 +331,7 @@ def stage_caption(run, config):
     run.fixed["encoder (SHA-256)"] = digest(*encoder.state_dict().values())
     run.fixed["text tokenizer (SHA-256)"] = digest(lm.text.to_str().encode())
     run.train(model, make_optimizers(model, config, config.learning_rate, run.bf16))
-    forward = run.compiled(model.loss)
+    losses = run.shared(model, run.compiled(model.loss))
 
     def step(batch):
         batch, places = batch
@@ -330,7 +343,7 @@ def stage_caption(run, config):
         for part in run.parts(len(batch)):
             images = batch[part].to(run.device).float() / 255  # (B, 3, H, W) in [0, 1]
             with run.autocast():
-                loss = forward(images, captions[part])  # cross-entropy of words and ends
+                loss = losses(images, captions[part])  # cross-entropy of words and ends
             # Parts and ranks are weighed by their images, and this loss is a mean over tokens.
             run.backward(loss * (sum(tokens[part]) / len(tokens[part]) / usual.item()))
         run.update()
@@ -378,7 +391,7 @@ def parse_args(argv=None):
                                      description=None if own else __doc__, formatter_class=ShortHelp)
     add = parser.add_argument
     add("--stage", choices=list(STAGES), required=True, help="1: frozen encoder, train codebook and decoder; 2: train "
-        "the encoder too; ar: a transformer writes codes from text; caption: one writes captions")
+        "the encoder too; ar: a transformer writes codes from text; caption: writes captions")
     add("--preset", choices=list(PRESETS), default="tiny", help="the settings that the flags below change")
     add("--init", type=Path, metavar="DIR", help="start from this folder's model, with new optimizers; stage 2: "
         "that of stage 1 (default: out/stage1)")

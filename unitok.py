@@ -346,6 +346,8 @@ class UniTok(vqrae.VQRAE):
     Indices are (B, N, M) in [0, S) with a quantizer of this file. Raises InputError when sizes do not fit together.
     """
 
+    made_by = "--stage 1 --quantizer mcq makes one"
+
     def __init__(self, config, text=None):
         super().__init__(replace(config, quantizer="none"))  # and now what is other than in a VQRAE
         self.config = config
@@ -383,7 +385,7 @@ class UniTok(vqrae.VQRAE):
             x = self.quantizer(self.project_features(features))[0]  # (n, e)
             x = F.pad(self.project_out.norm3(x) if attention else x, (0, 1), value=1.0).cpu().double()  # (n, e + 1)
             squares, products = x.T @ x, x.T @ self.standardise(features).cpu().double()
-            back = (torch.linalg.pinv(squares, hermitian=True, rtol=1e-9) @ products).T  # (d, e + 1)
+            back = (torch.linalg.pinv(squares, hermitian=True, rtol=1e-9) @ products).float().T  # (d, e + 1)
             self.project_out.weight.copy_(back[:, :-1])
             self.project_out.bias.copy_(back[:, -1])
 
@@ -426,15 +428,12 @@ class UniTok(vqrae.VQRAE):
             loss = loss + (config.contrastive_weight or 1.0) * terms["contrastive"]
         return loss, terms
 
-    def save_pretrained(self, folder):
-        """Write config.json and model.safetensors, and tokenizer.json for the text tower's text."""
+    def _save_pretrained(self, folder):  # with tokenizer.json beside for the text tower's text
         save_model(self, folder, None if self.tower is None else self.tower.lm.text)
 
     @classmethod
-    def from_pretrained(cls, folder):
-        """Load what `save_pretrained` wrote, in eval mode; InputError says what is missing or damaged."""
-        maker = "--stage 1 --quantizer mcq makes one"
-        model = load_model(folder, "UniTok", maker, lambda saved: cls(UniTokConfig(**{
+    def _from_pretrained(cls, folder):
+        model = load_model(folder, "UniTok", cls.made_by, lambda saved: cls(UniTokConfig(**{
             **saved, "encoder": vqrae.ViTConfig(**saved["encoder"]),
             "text": saved["text"] and vqrae.LMConfig(**saved["text"])})), optional=["reading"])
         if model.tower is not None:
@@ -450,8 +449,9 @@ def has_codebooks(folder):
     return isinstance(saved, dict) and "codebooks" in saved
 
 
-def load_tokenizer(folder):
-    """The VQRAE or UniTok in a folder, in eval mode; InputError says what is missing or damaged."""
+def load_tokenizer(source):
+    """The VQRAE or UniTok in a folder or on the hub, in eval mode; InputError says what is missing or damaged."""
+    folder = vqrae.VQRAE.find(source)
     return (UniTok if has_codebooks(folder) else vqrae.VQRAE).from_pretrained(folder)
 
 
@@ -582,8 +582,9 @@ def writes_codes_of(lm, tokenizer):
     return (lm.config.codebook_size, getattr(lm.config, "codebooks", 0)) == (tokenizer.config.codebook_size, several)
 
 
-def load_language_model(folder):
-    """The VisualLM or DepthLM in a folder, in eval mode; InputError says what is missing or damaged."""
+def load_language_model(source):
+    """The VisualLM or DepthLM in a folder or on the hub, in eval mode; InputError says what is missing or damaged."""
+    folder = vqrae.VisualLM.find(source)
     return (DepthLM if has_codebooks(folder) else vqrae.VisualLM).from_pretrained(folder)
 
 

@@ -29,7 +29,7 @@ from support.checks import (check_codes, check_form, check_images, check_prompts
                             number_in, rows_and_columns)
 from support.files import (InputError, check_fields, check_weights, load_model, read_config, save_model,
                            without_memory)
-from support.hub import IMAGENET, hub_folder, qwen3_fields, read_checkpoint, vision_fields
+from support.hub import IMAGENET, HubModel, hub_folder, qwen3_fields, read_checkpoint, vision_fields
 from support.images import resize_to
 from support.metrics import codebook_usage, psnr  # noqa: F401  for whoever uses this file as a library
 from support.networks import convnext_small, lpips_vgg
@@ -448,8 +448,10 @@ class Output:
     z_q: torch.Tensor  # the codes in their place (B, N, e)
 
 
-class VQRAE(nn.Module):
+class VQRAE(nn.Module, HubModel):
     """Representation-quantization autoencoder: one encoder, continuous features and discrete tokens."""
+
+    made_by = "--stage 1 makes one, and --stage 2 a better one"
 
     def __init__(self, config):
         super().__init__()
@@ -579,15 +581,9 @@ class VQRAE(nn.Module):
         nn.init.zeros_(self.project_in.bias)
         nn.init.zeros_(self.project_out.bias)
 
-    def save_pretrained(self, folder):
-        """Write config.json and model.safetensors."""
-        save_model(self, folder)
-
     @classmethod
-    def from_pretrained(cls, folder):
-        """Load what `save_pretrained` wrote, in eval mode; InputError says what is missing or damaged."""
-        maker = "--stage 1 makes one, and --stage 2 a better one"
-        return load_model(folder, "VQRAE", maker, lambda saved: cls(
+    def _from_pretrained(cls, folder):  # `from_pretrained`, `save_pretrained` and `push_to_hub` are HubModel's
+        return load_model(folder, "VQRAE", cls.made_by, lambda saved: cls(
             VQRAEConfig(**{**saved, "encoder": ViTConfig(**saved["encoder"])})), optional=["reading"])
 
 
@@ -912,10 +908,10 @@ def choose(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
     return draw.to(logits.device)
 
 
-class VisualLM(nn.Module):
+class VisualLM(nn.Module, HubModel):
     """Text and visual tokens in one vocabulary, predicted from left to right: tokens (B, n) -> logits (B, n, V + K)."""
 
-    Config = LMConfig
+    Config, made_by = LMConfig, "--stage ar makes one"
 
     def __init__(self, config, text=None):
         super().__init__()
@@ -1036,14 +1032,12 @@ class VisualLM(nn.Module):
         """The codes (B,) that `pick` takes by the logits of what follows x (B or 2B, d): only codes may follow."""
         return pick(head(x).float())
 
-    def save_pretrained(self, folder):
-        """Write config.json, model.safetensors and tokenizer.json."""
+    def _save_pretrained(self, folder):  # with tokenizer.json beside
         save_model(self, folder, self.text)
 
     @classmethod
-    def from_pretrained(cls, folder):
-        """Load what `save_pretrained` wrote, in eval mode; InputError says what is missing or damaged."""
-        model = load_model(folder, cls.__name__, "--stage ar makes one", lambda saved: cls(cls.Config(**saved)))
+    def _from_pretrained(cls, folder):
+        model = load_model(folder, cls.__name__, cls.made_by, lambda saved: cls(cls.Config(**saved)))
         model.text = load_text_tokenizer(Path(folder) / "tokenizer.json", model.config.text_vocabulary)
         return model
 
@@ -1066,11 +1060,13 @@ class CaptionerConfig:
         replace(self.lm, image_tokens=(self.image_size // self.encoder.patch_size) ** 2)  # InputError for no room
 
 
-class Captioner(nn.Module):
+class Captioner(nn.Module, HubModel):
     """A language model that reads an image's features Z_I in the place of words and continues with its caption.
 
     The paper puts its encoder into ready ones (LLaVA-1.5, InternVL3); this is one small enough to be trained here.
     """
+
+    made_by = "--stage caption makes one"
 
     def __init__(self, config, text=None):
         super().__init__()
@@ -1120,14 +1116,12 @@ class Captioner(nn.Module):
         rows = torch.stack(tokens, dim=1).tolist()
         return [self.lm.text.decode(row[:row.index(end)] if end in row else row).strip() for row in rows]
 
-    def save_pretrained(self, folder):
-        """Write config.json, model.safetensors (the encoder included) and tokenizer.json."""
+    def _save_pretrained(self, folder):  # the encoder included, and tokenizer.json beside
         save_model(self, folder, self.lm.text)
 
     @classmethod
-    def from_pretrained(cls, folder):
-        """Load what `save_pretrained` wrote, in eval mode; InputError says what is missing or damaged."""
-        model = load_model(folder, "Captioner", "--stage caption makes one", lambda saved: cls(
+    def _from_pretrained(cls, folder):
+        model = load_model(folder, "Captioner", cls.made_by, lambda saved: cls(
             CaptionerConfig(ViTConfig(**saved["encoder"]), saved["image_size"], LMConfig(**saved["lm"]))))
         model.lm.text = load_text_tokenizer(Path(folder) / "tokenizer.json", model.config.lm.text_vocabulary)
         return model

@@ -30,7 +30,7 @@ from support.metrics import evaluate, understanding  # noqa: E402
 from support.pictures import save_figure  # noqa: E402
 from support.run import Run, one_sentence_errors  # noqa: E402
 from support.settings import flag  # noqa: E402
-from support.shards import open_images  # noqa: E402
+from support.sets import open_images  # noqa: E402
 from unitok import load_tokenizer  # noqa: E402
 
 

@@ -19,7 +19,7 @@ import train  # noqa: E402
 from experiments.ablate import ablated_settings, refuse_chosen, refuse_other_work, stage_1_args  # noqa: E402
 from support.pictures import save_figure  # noqa: E402
 from support.run import Run, one_sentence_errors  # noqa: E402
-from support.shards import open_images  # noqa: E402
+from support.sets import open_images  # noqa: E402
 
 COLLAPSE = {
     # Title, and the settings of a codebook whose first steps are drawn.

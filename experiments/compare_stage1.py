@@ -10,7 +10,6 @@ perceptual loss), AdamW, clipping, an average of the weights, the same batch; in
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -26,8 +25,9 @@ sys.path.insert(0, str(ROOT))
 import train  # noqa: E402
 import vqrae  # noqa: E402
 from presets import TINY  # noqa: E402
+from support.benchmark import peak_memory  # noqa: E402
 from support.run import Run  # noqa: E402
-from support.shards import open_images  # noqa: E402
+from support.sets import open_images  # noqa: E402
 
 
 def settings(args):
@@ -113,7 +113,7 @@ def measure(args):
         step(batch)
         times.append(time.time() - begin)
     return {"seconds": statistics.median(times[1:]),
-            "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+            "peak_mb": peak_memory(torch.device("cpu")) / 2**20}
 
 
 def main():

@@ -66,7 +66,7 @@ def make_inputs(folder):
     files = {name: f"model-{1 + i % 2}.safetensors" for i, name in enumerate(sorted(weights))}
     for file in set(files.values()):
         save_file({name: weights[name] for name in weights if files[name] == file}, encoder / file)
-    (encoder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    (encoder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}), encoding="utf-8")
     for i in range(40):
         path = folder / f"images/class{i % 2}/{i}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -104,8 +104,8 @@ def result(out):
         return {name: value for name, value in line.items() if name not in TIMINGS}
 
     return ([(out / "model.safetensors").read_bytes()],
-            [figures(json.loads(line)) for line in (out / "metrics.jsonl").read_text().splitlines()],
-            figures(json.loads((out / "summary.json").read_text())))
+            [figures(json.loads(line)) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()],
+            figures(json.loads((out / "summary.json").read_text(encoding="utf-8"))))
 
 
 def kill(arguments, out, moment, before, after):

@@ -4,20 +4,32 @@ import json
 import math
 import sys
 import time
+from contextlib import nullcontext
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 
-def matmul_rate(device, dtype, side=2048, seconds=1.0):
+def wait_for(device):
+    """Return once the device has done all that it was given to do; a CPU always has."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def matmul_rate(device, dtype, seconds=1.0):
     """Floating-point operations per second of a square matrix product, the most that a training step could reach."""
+    # A GPU is through with a small product before it has been asked for the next one.
+    side, together = (2048, 1) if device.type == "cpu" else (8192, 8)
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     a @ b
+    wait_for(device)
     begin, count = time.time(), 0
     while time.time() - begin < seconds:
-        (a @ b).flatten()[0].item()  # reading a value waits for the device
-        count += 1
+        for _ in range(together):
+            a @ b
+        wait_for(device)
+        count += together
     return 2 * side**3 * count / (time.time() - begin)
 
 
@@ -33,11 +45,13 @@ def loader_rate(run, stage, images=512):
 
 
 def peak_memory(device):
-    """The most bytes that the process has needed so far, on a GPU if that is the device."""
+    """The most bytes that the process has needed so far, on a GPU if that is the device; None where nobody counts."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
-    import resource  # not on Windows, and needed only here
-
+    try:
+        import resource
+    except ImportError:  # on Windows
+        return None
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
@@ -45,15 +59,20 @@ def benchmark(run, stage, warmup=3, steps=20):
     """Time steady training steps and print one JSON line."""
     stage.start()
     batches = iter(stage.batches())
-    # The counter cannot look into the CPU's attention, nor into what torch.compile makes.
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), \
-            torch.compiler.set_stance("force_eager"):
+    on_cuda = run.device.type == "cuda"
+    # The counter cannot look into attention other than CUDA's, nor into what torch.compile makes.
+    with FlopCounterMode(display=False) as counter, torch.compiler.set_stance("force_eager"), \
+            nullcontext() if on_cuda else sdpa_kernel(SDPBackend.MATH):
         stage.step(next(batches))
     for _ in range(warmup):
         stage.step(next(batches))
+    if on_cuda:
+        torch.cuda.reset_peak_memory_stats()  # the step that was counted, and torch.compile, are not to be judged
+    wait_for(run.device)
     begin = time.time()
     for _ in range(steps):
         stage.step(next(batches))
+    wait_for(run.device)
     seconds = (time.time() - begin) / steps
     del batches  # its processes would go on reading
     loaded = loader_rate(run, stage)

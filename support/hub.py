@@ -1,25 +1,153 @@
-"""Checkpoints in the hub's layout: where they are, what their config.json says, and what of that is there here."""
+"""The Hugging Face hub: models that go there and come back, and the checkpoints of others: where they are, what their
+config.json says, and what of that is there here."""
 
+import re
+import shutil
+from contextlib import contextmanager
+from dataclasses import asdict
+from itertools import takewhile
 from pathlib import Path
 
-from support.files import InputError, read_config, read_safetensors
+from huggingface_hub import PyTorchModelHubMixin, snapshot_download
+
+from support.files import InputError, read_config, read_safetensors, save_model
 
 # Mean and std of ImageNet's images in [0, 1], which most encoders were trained with.
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
 
-def hub_folder(source):
-    """A local folder as it is, or a download of the hub's model of this name; InputError says why there is none."""
+@contextmanager
+def asking_hub(what):
+    """InputError with what failed and the first line of why, for all that the hub answers with."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:  # offline, no such id, no permission: huggingface_hub has many ways to say no
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(f"{what}: {reason}") from None
+
+
+def hub_folder(source, **download):
+    """A local folder as it is, or a download of the hub's model of this name, "user/name", or of a folder in it.
+
+    download: what snapshot_download takes, such as revision= and token=. InputError says why there is none.
+    """
     folder = Path(source)
     if not folder.is_dir():
-        from huggingface_hub import snapshot_download
-
-        try:
-            folder = Path(snapshot_download(str(source), allow_patterns=["*.json", "*.safetensors"]))
-        except Exception as error:  # offline, no such id, no permission: huggingface_hub has many ways to say no
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise InputError(f"no model at {source!r}: not a folder, and the hub says: {reason}") from None
+        found = re.fullmatch(r"(\w[\w.-]*/\w[\w.-]*)/(.+)", str(source))
+        name, inside = found.groups() if found else (str(source), "")
+        with asking_hub(f"no model at {str(source)!r}: not a folder, and the hub says"):
+            folder = Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"], **download), inside)
     return folder
+
+
+CARD = """---
+{{ card_data }}
+---
+
+# {{ name }}
+
+A {{ kind }} of the educational implementation of *VQRAE: Representation Quantization Autoencoders*
+([arXiv 2511.23386]({{ paper_url }})).
+
+```python
+model = {{ module }}.{{ kind }}.from_pretrained("{{ name }}")
+{%- if tokenizer %}
+tokenizer = vqrae.VQRAE.from_pretrained("{{ name }}/vqrae")  # whose codes it writes
+{%- endif %}
+```
+
+## Data
+
+{{ data }}
+{% for title, rows in (("Figures", figures), ("Settings", settings)) if rows %}
+## {{ title }}
+
+| | |
+|---|---|
+{%- for key, value in rows.items() %}
+| {{ key }} | {{ value }} |
+{%- endfor %}
+{% endfor %}"""
+
+
+class HubModel(PyTorchModelHubMixin, library_name="vqrae", paper_url="https://arxiv.org/abs/2511.23386",
+               model_card_template=CARD):
+    """What lets a model be saved, loaded, and pushed to the hub: `model.push_to_hub("user/name")`.
+
+    A class has `_from_pretrained(folder)`, which reads what `_save_pretrained(folder)` wrote, and `made_by`, the flags
+    of train.py that make one.
+    """
+
+    folder = None  # where it was read from, with what lies beside it
+
+    def _save_pretrained(self, folder):
+        save_model(self, folder)
+
+    def save_pretrained(self, folder, config=None, model_card_kwargs=None):
+        """Write config.json, model.safetensors and what else `from_pretrained` reads.
+
+        In place of the mixin's, which would remove config.json first and put a card into every folder. Its push_to_hub
+        hands over the two further arguments; then the card, summary.json and the VQRAE of a generator come along.
+        """
+        self._save_pretrained(folder)
+        if model_card_kwargs is None:
+            return
+        self.generate_model_card(**model_card_kwargs).save(Path(folder) / "README.md")
+        if self.folder and (self.folder / "summary.json").exists():
+            shutil.copy(self.folder / "summary.json", folder)
+        if self.folder and (self.folder / "vqrae").is_dir():
+            shutil.copytree(self.folder / "vqrae", Path(folder) / "vqrae")
+
+    def push_to_hub(self, repo_id, data=None, **how):
+        """Upload the model and its card; `data` says there what it was trained on, `how` is the mixin's.
+
+        Figures and settings of the card are those in summary.json beside the model. Returns the address of the commit;
+        InputError says why there is none.
+        """
+        with asking_hub(f"{repo_id!r} was not pushed; the hub says"):
+            return super().push_to_hub(repo_id, model_card_kwargs=self.card(repo_id, data), **how)
+
+    def card(self, repo_id, data=None):
+        """What the model card says, as a dict."""
+        path = self.folder and self.folder / "summary.json"
+        summary = read_config(path) if path and path.exists() else {}
+        figures = dict(takewhile(lambda row: row[0] != "preset", summary.items()))  # settings stand behind them
+        settings = {key: value for key, value in (summary or asdict(self.config)).items() if key not in figures}
+        data = data or ", ".join(f"{key}: {summary[key]}" for key in ("data", "training images") if key in summary)
+        return {"name": repo_id, "kind": type(self).__name__, "module": type(self).__module__,
+                "data": data or "Not stated.", "tokenizer": bool(self.folder) and (self.folder / "vqrae").is_dir(),
+                "figures": {key: f"{value:.4g}" if isinstance(value, float) else value
+                            for key, value in figures.items()},
+                "settings": {key: value for key, value in settings.items()
+                             if value is not None and not isinstance(value, dict)}}
+
+    @classmethod
+    def find(cls, source, **download):
+        """The folder of a model: a local one, or a download of the hub's "user/name", or of a folder in it.
+
+        A Path, and what would lie in a folder that is here, is never looked for on the hub. InputError says why there
+        is none.
+        """
+        named = isinstance(source, str) and re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)+", source)
+        if not named or Path(source).parent.is_dir():
+            return Path(source)
+        try:
+            return hub_folder(source, **download)
+        except InputError as error:
+            raise InputError(f"{error}; python train.py {cls.made_by}") from None
+
+    @classmethod
+    def from_pretrained(cls, source, **download):
+        """Load what `save_pretrained` wrote, in eval mode, from a folder or from the hub's "user/name".
+
+        download: such as revision= and token=. InputError says what is missing or damaged.
+        """
+        folder = cls.find(source, **download)
+        model = cls._from_pretrained(folder)
+        model.folder = folder
+        return model
 
 
 def read_checkpoint(folder):

@@ -1,5 +1,6 @@
 """Images: any image file, any folder of them, our sheets of tiles, and the order in which training sees them."""
 
+import csv
 import functools
 import hashlib
 import io
@@ -17,6 +18,8 @@ from torchvision.transforms import functional as pixels
 
 from support.files import InputError, read_json
 
+CAPTIONS = ("caption", "captions", "text", "txt", "json")  # usual names of a set's captions, the likeliest first
+METADATA = ("metadata.jsonl", "metadata.csv")  # what describes the images of a folder to the library datasets
 DRAWN_HERE = "VQRAE: train.py or sample.py"  # what our pictures name as their "Software"
 
 # What the two halves of a data set are called, in small letters alone; of several the first is taken.
@@ -176,6 +179,27 @@ def caption_beside(path):
     return ""
 
 
+def captions_in(folder):
+    """Captions of images below a folder, by their paths, that its metadata.jsonl or metadata.csv tells.
+
+    A row has file_name, as in the library datasets, and one of CAPTIONS; of several captions the first is taken.
+    """
+    found = {}
+    for path in (os.path.join(folder, name) for name in METADATA):
+        try:
+            with open(path, encoding="utf-8-sig", newline="") as file:
+                rows = csv.DictReader(file) if path.endswith(".csv") else (json.loads(line) for line in file)
+                for row in rows:
+                    text = next((row[name] for name in CAPTIONS if row.get(name)), "")
+                    text = text[0] if isinstance(text, list) else text
+                    found[os.path.normpath(os.path.join(folder, row["file_name"]))] = " ".join(text.split())
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, csv.Error) as error:
+            raise InputError(f"{path} does not describe images: {error!r}") from None
+    return found
+
+
 def folders_below(top, refused):
     """Yield a folder and all below it, each as its path, the names of its folders and the names of its files, sorted.
 
@@ -212,9 +236,9 @@ def holds_run(directory, files):
 def find_images(folder):
     """Paths of the image files below a folder, folder by folder. What else is there is counted, named and told once.
 
-    Left out are folders below it that hold a run or a model, and pictures that were drawn here. A text file that is
-    called like an image beside it is that one's caption. A folder is listed once per process: both splits of a run
-    come from one list.
+    Left out are folders below it that hold a run or a model, and pictures that were drawn here. What has captions, a
+    text file that is called like an image beside it or METADATA, is not counted. A folder is listed once per process:
+    both splits of a run come from one list.
     """
     found, skipped, ours = [], [], []
     for directory, folders, files in folders_below(folder, skipped):
@@ -235,7 +259,7 @@ def find_images(folder):
                                else why_unreadable(error)))
         captioned = {Path(path).stem for path in found[first:]}
         skipped += [(path, reason) for path, reason in unread
-                    if path.suffix.lower() != ".txt" or path.stem not in captioned]
+                    if path.name not in METADATA and (path.suffix.lower() != ".txt" or path.stem not in captioned)]
     tell_of(folder, skipped, ours)
     return found
 
@@ -256,6 +280,17 @@ def held_out(count):
     return set(np.random.RandomState(0).permutation(count)[:max(1, count // 20)].tolist()) if count > 1 else set()
 
 
+def name_halves(names):
+    """Of the names of folders or splits those of the training and the held-out images, or () if there are no such.
+
+    train and val are these, and whatever else the two are usually called: Training, valid, test_set, val2017.
+    """
+    plain = [re.sub(r"(set|split|data|images)$", "", re.sub(r"[\W\d_]", "", name.lower())) for name in names]
+    ranked = [sorted((words.index(word), name) for word, name in zip(plain, names) if word in words)
+              for words in (FIRST_HALF, SECOND_HALF)]
+    return tuple(half[0][1] for half in ranked) if all(ranked) else ()
+
+
 @functools.cache
 def tell_once(sentence):
     """Say something on stderr the first time that there is reason to."""
@@ -265,7 +300,6 @@ def tell_once(sentence):
 def find_halves(folder):
     """The folders of the training and the held-out images in a folder, or () if it is not divided so.
 
-    train/ and val/ are these, and whatever else the two are usually called: Training/, valid/, test_set/, val2017/.
     What stands beside them is named on stderr once.
     """
     if not os.path.isdir(folder):
@@ -275,12 +309,9 @@ def find_halves(folder):
                        if not name.startswith(".") and os.path.isdir(os.path.join(folder, name)))
     except OSError as error:
         raise InputError(f"cannot read the folder {folder}: {error.strerror}") from None
-    plain = [re.sub(r"(set|split|data|images)$", "", re.sub(r"[\W\d_]", "", name.lower())) for name in names]
-    ranked = [sorted((words.index(word), name) for word, name in zip(plain, names) if word in words)
-              for words in (FIRST_HALF, SECOND_HALF)]
-    if not all(ranked):
+    chosen = name_halves(names)
+    if not chosen:
         return ()
-    chosen = [half[0][1] for half in ranked]
     rest = [name for name in names if name not in chosen]
     if rest:
         tell_once(f"{folder}: {chosen[0]}/ is trained on and {chosen[1]}/ held out; left out: {', '.join(rest[:10])}"
@@ -306,7 +337,8 @@ class ImageSet(torch.utils.data.Dataset):
     `folder` is one of our sets (index.json and sheets of tiles, held in memory), or any folder of images, flat or with
     one folder per class. A folder with train/ and val/, or whatever the second is called, is split so; of any other
     every twentieth image, in a fixed random order, is held out (a single image is both splits). `split` is "train",
-    "val" or "all". A text file beside an image, of the same name but for its ending, is its caption.
+    "val" or "all". A text file beside an image, of the same name but for its ending, is its caption; so is what
+    metadata.jsonl or metadata.csv says, beside or above it.
 
     Keys: an int gives the evaluation view (shorter side resized, centre crop), a pair (int, seed) the training view
     (random crop, random flip) that this seed stands for. A readable neighbour stands in for an unreadable file, so
@@ -315,7 +347,7 @@ class ImageSet(torch.utils.data.Dataset):
 
     def __init__(self, folder, split, size):
         self.folder, self.size, self.unreadable = Path(folder), size, set()
-        if not self.folder.is_dir() and self.folder.suffix != ".tar":  # shards.py reads those
+        if not self.folder.is_dir():
             raise InputError(f"no images at {folder}: it is not a folder")
         index = self.folder / "index.json"
         index = read_json(index) if index.exists() else None
@@ -360,7 +392,10 @@ class ImageSet(torch.utils.data.Dataset):
         no_class = {self.folder, *find_halves(self.folder)}
         found = [{"name": os.path.relpath(path, self.folder),
                   "category": "" if Path(path).parent in no_class else Path(path).parent.name} for path in self.sources]
-        captions = map(caption_beside, self.sources)
+        folders = {parent for folder in {os.path.dirname(path) for path in self.sources}
+                   for parent in (Path(folder), *Path(folder).parents) if parent.is_relative_to(self.folder)}
+        told = {path: text for folder in sorted(folders) for path, text in captions_in(folder).items()}
+        captions = [told.get(os.path.normpath(path)) or caption_beside(path) for path in self.sources]
         return [{**record, "caption": text} if text else record for record, text in zip(found, captions)]
 
     def __len__(self):

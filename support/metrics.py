@@ -156,7 +156,8 @@ def fit_reading(model, images, batch_size=64, device="cpu", workers=0):
         codes = F.pad(out.z_q, (0, 1), value=1.0).flatten(0, 1).cpu().double()  # (B * N, e + 1)
         squares = squares + codes.T @ codes  # (e + 1, e + 1)
         products = products + codes.T @ out.features.flatten(0, 1).cpu().double()  # (e + 1, d)
-    model.reading.copy_(torch.linalg.pinv(squares, hermitian=True, rtol=1e-9) @ products)
+    reading = torch.linalg.pinv(squares, hermitian=True, rtol=1e-9) @ products  # (e + 1, d)
+    model.reading.copy_(reading.to(model.reading.dtype))  # first, for mps knows no float64
 
 
 @torch.no_grad()
@@ -246,23 +247,30 @@ def around_norm(encoder, images):
 
 @torch.no_grad()
 def evaluate(model, images, batch_size=64, device="cpu", workers=0, frechet_encoder=None, lpips=None,
-             frechet_size=None):
+             frechet_size=None, rfid=None, model_size=None):
     """Reconstruct every image of an ImageSet and return the metrics, averaged over images, as a dict of numbers.
 
     psnr, ssim, and seam_ratio, `seam_errors` at seams over those elsewhere (1: no visible grid). With a codebook also
     utilization, perplexity and tokens of this one pass. With `frechet_encoder`, the Frechet distance between its mean
     patch features of originals and reconstructions, shown to it with sides of `frechet_size` pixels or its own. With
-    `lpips`, a function of two batches -> (B,), its mean.
+    `lpips`, a function of two batches -> (B,), its mean. With `rfid`, see `networks.inception`, originals as real and
+    reconstructions as fake images, as bytes.
+
+    With `model_size`, the model sees the images resized to that side, and what it makes of them is resized back before
+    it is measured; for the seams there is no figure then.
     """
     scores, features, seams = {"psnr": [], "ssim": []}, ([], []), []
     counts = torch.zeros(model.config.codebook_size, dtype=torch.int64)
     for x in images.views(batch_size, device, workers):
-        out = model(x)
-        y = eight_bits(out.reconstruction)
+        out = model(x if model_size is None else resize_to(x, x.new_empty(model_size, model_size)))
+        y = eight_bits(out.reconstruction if model_size is None else resize_to(out.reconstruction.clamp(0, 1), x))
         x = resize_to(x, y)
         scores["psnr"].append(psnr(x, y).cpu())
         scores["ssim"].append(ssim(x, y).cpu())
         seams.append(torch.stack(seam_errors(x, y, model.config.output_patch_size)).cpu())
+        if rfid is not None:
+            for part, real in ((x, True), (y, False)):
+                rfid.update((255 * part).round().byte().to(rfid.device), real)
         if lpips is not None:
             scores.setdefault("lpips", []).append(lpips(x, y).cpu())
         if frechet_encoder is not None:
@@ -272,10 +280,12 @@ def evaluate(model, images, batch_size=64, device="cpu", workers=0, frechet_enco
             counts += model.count(out.indices).cpu()
     result = {name: torch.cat(values).double().mean().item() for name, values in scores.items()}
     across, elsewhere = torch.cat(seams, dim=1).double().mean(1)
-    if (across / elsewhere).isfinite():  # there are seams and there is an elsewhere
+    if model_size is None and (across / elsewhere).isfinite():  # there are seams and there is an elsewhere
         result["seam_ratio"] = (across / elsewhere).item()
     if frechet_encoder is not None and len(images) > 1:
         result["frechet"] = frechet_distance(*map(torch.cat, features))
+    if rfid is not None and len(images) > 1:
+        result["rfid"] = rfid.compute().item()
     if counts.sum():
         utilization, perplexity = codebook_usage(counts)
         result.update(utilization=utilization, perplexity=perplexity, tokens=int(counts.sum()))

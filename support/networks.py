@@ -2,6 +2,8 @@
 
 from contextlib import contextmanager
 
+import torch
+
 from support.files import InputError
 
 
@@ -21,6 +23,16 @@ def lpips_vgg():
 
     with fetching("VGG16, for LPIPS", "--perceptual vfm, and evaluating without it, need no download"):
         return lpips.LPIPS(net="vgg", verbose=False)
+
+
+def inception(device="cpu"):
+    """The FID on Inception-v3 of 2015-12-05, a torchmetrics FrechetInceptionDistance, as torch-fidelity computes it."""
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
+    with fetching("Inception-v3, for rFID", "evaluating without --rfid needs no download"):
+        # antialias: torchmetrics' default resizes otherwise than the network of 2015 did, and its figure is another.
+        distance = FrechetInceptionDistance(antialias=False)
+    return distance.to("cpu" if torch.device(device).type == "mps" else device)  # float64, which mps lacks, adds up
 
 
 def convnext_small():

@@ -31,13 +31,14 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from support.files import InputError, digest, keep_apart, replace_text, replacing
 from support.images import TrainingOrder
 from support.metrics import codebook_usage
 from support.pictures import draw_curves
-from support.shards import ShardStream, open_images
+from support.sets import open_images
 
 
 def choose_device(name):
@@ -83,6 +84,17 @@ class Stage:
 INIT = "model of --init (SHA-256)"  # among the settings of a run that began with one
 
 
+class Losses(nn.Module):
+    """A function as the forward pass of a module that holds what it trains, for DistributedDataParallel."""
+
+    def __init__(self, module, losses):
+        super().__init__()
+        self.module, self.losses = module, losses
+
+    def forward(self, *inputs):
+        return self.losses(*inputs)
+
+
 class Network(NamedTuple):
     """What an update moves: the gradients of its parameters are clipped together, and it sets in at a step."""
 
@@ -108,6 +120,7 @@ class Run:
         self.done, self.seconds, self.window, self.counts, self.lines = 0, 0.0, {}, None, []
         self.fixed = {}  # what else must not change between the parts of a run, see `settings`
         self.damaged = False  # whether the last checkpoint is, so that it must not replace the one before it
+        self.exchanges = []  # of gradients, between ranks
 
     # --- what a driver sets up ---
 
@@ -117,8 +130,8 @@ class Run:
         folders = {name: value for name, value in named.items() if isinstance(value, str)}  # --init has no other encoder
         for place in (out, out / "vqrae"):
             keep_apart(place, init=self.args.init, **folders)
-        self.train_images = open_images(self.config.data, "train", size)
-        val_images = open_images(self.config.data, "val", size)
+        where, how = self.config.data, (size, self.args.stream, self.args.columns)
+        self.train_images, val_images = open_images(where, "train", *how), open_images(where, "val", *how)
         if out.resolve() in self.train_images.places() | val_images.places():
             raise InputError(f"{out} holds images of --data {self.config.data}; choose another --out")
         workers = 0 if self.train_images.from_sheets else min(4, os.cpu_count() or 1)
@@ -153,6 +166,17 @@ class Run:
         """A model or function as it is or, with --compile, as torch makes it quicker."""
         return torch.compile(function) if self.args.compile else function
 
+    def shared(self, module, losses):
+        """A function that makes a loss of a module's output, such that gradients become means over the ranks.
+
+        With several ranks it is DistributedDataParallel's forward, which exchanges gradients while the backward pass
+        still goes on, once a step: in the last of its `parts`. The loss may then flow to no other module that trains.
+        """
+        if self.ranks == 1:
+            return losses
+        self.exchanges.append(DistributedDataParallel(Losses(module, losses), broadcast_buffers=False))
+        return self.exchanges[-1]
+
     # --- ranks ---
 
     def over_ranks(self, tensors, operation="mean"):
@@ -170,6 +194,13 @@ class Run:
         flag = torch.tensor(float(bool(condition)), device=self.device)
         self.over_ranks([flag], "max")
         return bool(flag)
+
+    def of_all_ranks(self, value):
+        """The values that all ranks have, plain ones, as a list."""
+        values = [value] * self.ranks
+        if self.ranks > 1:
+            dist.all_gather_object(values, value)
+        return values
 
     @contextmanager
     def first_rank_first(self):
@@ -208,6 +239,8 @@ class Run:
         length = -(-count // self.config.accumulate)
         for begin in range(0, count, length):
             self.share = (min(begin + length, count) - begin) / count
+            for exchange in self.exchanges:
+                exchange.require_backward_grad_sync = begin + length >= count  # what its no_sync() sets
             yield slice(begin, begin + length)
 
     def backward(self, loss, terms={}, name="loss"):
@@ -226,9 +259,6 @@ class Run:
         """One update of weights and average; InputError, before any weight changes, when a loss is not finite."""
         networks, terms = [network for network in self.networks if self.done >= network.start], self.terms
         for network in networks:
-            # Explicitly, not by DistributedDataParallel, which does it only for what passes its own forward, and here
-            # losses of features, of two networks and of parts of a batch all have gradients.
-            self.over_ranks([p.grad for p in network.parameters if p.grad is not None])
             terms[network.norm_name] = nn.utils.clip_grad_norm_(network.parameters, self.config.max_grad_norm)
         if self.any_rank(not torch.isfinite(torch.stack(list(terms.values()))).all()):  # or the others would wait
             bad = ", ".join(f"{name} {value.item():.4g}" for name, value in terms.items())
@@ -288,7 +318,7 @@ class Run:
         self.lines.append(line)
         metrics = self.args.out / "metrics.jsonl"
         try:
-            with open(metrics, "a") as file:
+            with open(metrics, "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
         except OSError as error:
             raise InputError(f"cannot write {metrics} ({error}); --resume goes on from the last checkpoint") from None
@@ -325,10 +355,12 @@ class Run:
 
         The first rank writes, and of the log line under way it keeps its own part alone.
         """
+        streams = self.of_all_ranks(self.train_images.state if self.args.stream else {})
         if self.rank > 0:
             return
         state = {"settings": self.settings(), "done": self.done, "seconds": self.seconds, "window": self.window,
                  "counts": self.counts, "lines": self.lines, "rng": torch.get_rng_state(),
+                 "stream": {place: state for part in streams for place, state in part.items()},
                  **{name: part.state_dict() for name, part in self.kept.items()}}
         if self.device.type == "cuda":
             state["cuda_rng"] = torch.cuda.get_rng_state()
@@ -362,6 +394,8 @@ class Run:
         self.done, self.seconds, self.lines = state["done"], state["seconds"], state["lines"]
         self.window = {name: (total.to(self.device), count) for name, (total, count) in state["window"].items()}
         self.counts = None if state["counts"] is None else state["counts"].to(self.device)
+        if self.args.stream:
+            self.train_images.state = state["stream"]
         torch.set_rng_state(state["rng"])
         if "cuda_rng" in state and self.device.type == "cuda":
             torch.cuda.set_rng_state(state["cuda_rng"])
@@ -378,8 +412,8 @@ class Run:
         if args.resume and begun:
             self.load()
             if first:
-                print(f"continuing {args.out} at step {self.done}" + isinstance(self.train_images, ShardStream) * (
-                    ", but not bit for bit: its shards are streamed, and begin again in another order"))
+                print(f"continuing {args.out} at step {self.done}" + self.args.stream * (
+                    ", but not bit for bit: images that waited in the stream's buffer are passed over"))
         elif begun and not args.overwrite:
             raise InputError(f"{args.out} already holds a run: --resume continues it, --overwrite replaces it, and "
                              "another --out leaves it alone")
@@ -443,8 +477,9 @@ class Run:
         seconds = time.time() - self.begun
         steady = [line["images_per_second"] for line in lines[1:] or lines]  # the first line has torch's warm-up in it
         settings = {name: value for name, value in self.settings().items() if name != "encoder"}
-        summary.update(seconds=seconds, images_per_second=sum(steady) / len(steady), preset=self.args.preset,
-                       device=self.device.type, train_loss=lines[-1]["loss"], **settings)
+        summary.update(seconds=seconds, images_per_second=sum(steady) / len(steady), train_loss=lines[-1]["loss"],
+                       preset=self.args.preset, device=self.device.type,
+                       data=os.path.basename(os.path.normpath(self.config.data)), **settings)
         replace_text(out / "summary.json", json.dumps(summary, indent=2) + "\n")
         print(json.dumps(summary, indent=2))
         print("pictures: " + " and ".join(f"{out}/{name}" for name in (picture, "curves.png") if name))

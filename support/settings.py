@@ -71,6 +71,12 @@ def add_settings(parser, settings, hidden=()):
             help=argparse.SUPPRESS if name in hidden else about["help"])
 
 
+def add_set_flags(add):
+    """The flags that say how --data is read if it is no folder of images."""
+    add("--columns", metavar="A,B", help="of a set: names of the columns to look at for image, label and caption")
+    add("--stream", action="store_true", help="of a set too large to hold: read its files from start to end")
+
+
 def add_run_flags(parser, out="out/stage1, out/stage2, out/ar, out/caption"):
     """The flags of `support.run.Run`; `out` says what --out is where it is not given."""
     add, whole, count = parser.add_argument_group("run").add_argument, number(int, zero=True), number(int)
@@ -83,6 +89,7 @@ def add_run_flags(parser, out="out/stage1, out/stage2, out/ar, out/caption"):
     add("--evaluate-every", type=count, default=600, metavar="N", help="steps between held-out evaluations")
     add("--workers", type=number(int, zero=True, most=1024), metavar="N",
         help="processes that read images (default: 0 for shipped data, up to 4 for other)")
+    add_set_flags(add)
     add("--device", default="auto", metavar="NAME", help="auto, cuda, mps or cpu")
     add("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="auto: bf16 where the device has it")
     add("--compile", action="store_true", help="torch.compile: slower to start, faster steps")

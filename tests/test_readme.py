@@ -19,7 +19,7 @@ from conftest import ROOT, small_model, text_lm
 def texts_of(*patterns):
     """The files in the repository's own folders that fit, by their path in it."""
     paths = [path for pattern in patterns for path in sorted(ROOT.glob(pattern))]
-    return {str(path.relative_to(ROOT)): path.read_text() for path in paths}
+    return {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in paths}
 
 
 PAGES = texts_of("README.md", "docs/*.md")
@@ -160,7 +160,7 @@ def test_every_link_between_the_pages_leads_to_a_file_and_a_heading(page):
             file, _, heading = link.partition("#")
             target = (ROOT / page).parent / file if file else ROOT / page
             assert target.exists(), link
-            assert not heading or heading in anchors(target.read_text()), link
+            assert not heading or heading in anchors(target.read_text(encoding="utf-8")), link
 
 
 # --- the arrows: who may import whom ---

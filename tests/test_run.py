@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -84,6 +85,30 @@ def test_the_benchmark_prints_one_json_line_and_writes_nothing(short_run, tmp_pa
     assert result["share_of_matmul"] > 0 and result["peak_memory_bytes"] > 0
     assert result["tokens_per_second"] == pytest.approx(16 * result["images_per_second"])
     assert not (tmp_path / "run").exists()
+
+
+SPAWNED = """
+import multiprocessing, sys
+if __name__ == "__main__":
+    multiprocessing.set_start_method("spawn")
+    from conftest import make_run
+    run, stage = make_run(sys.argv[1:])
+    for batch in run.steps(stage):
+        stage.step(batch)
+"""
+
+
+def test_workers_that_are_spawned_as_on_windows_and_macos_train_the_same_model_as_none(short_run, tmp_path):
+    (tmp_path / "spawned.py").write_text(SPAWNED)
+    arguments = [*short_run[:-1], str(tmp_path / "spawned"), "--steps", "3", "--workers", "2"]
+    subprocess.run([sys.executable, tmp_path / "spawned.py", *arguments], check=True, capture_output=True,
+                   env={**os.environ, "PYTHONPATH": str(ROOT)})
+    run, stage = make_run([*short_run, "--steps", "3"])
+    for batch in run.steps(stage):
+        stage.step(batch)
+    saved = torch.load(tmp_path / "spawned/checkpoint/state.pt", weights_only=True)
+    for name, tensor in run.model.state_dict().items():
+        assert torch.equal(saved["model"][name], tensor), name
 
 
 # --- stopped, killed, resumed ---

@@ -54,9 +54,10 @@ def load_sources(source):
     held_out = {image["name"] for sheet in index["sheets"] for image in sheet["images"] if image["split"] == "val"}
     for sheet in sorted((source / "emoji").glob("*.webp")):
         style, size, _ = sheet.stem.split("_")
-        names = [Path(entry["filename"]).stem for entry in json.loads((source / f"emoji/{style}.json").read_text())]
+        entries = json.loads((source / f"emoji/{style}.json").read_text(encoding="utf-8"))
+        names = [Path(entry["filename"]).stem for entry in entries]
         emoji += [tile for tile, name in zip(tiles(sheet, int(size)), names) if name not in held_out]
-    count = len(json.loads((source / "clipart/clipart.json").read_text()))
+    count = len(json.loads((source / "clipart/clipart.json").read_text(encoding="utf-8")))
     for sheet in sorted((source / "clipart").glob("*.webp")):
         clipart += tiles(sheet, 96)
     clipart = clipart[:count]
