@@ -208,7 +208,8 @@ def test_what_the_model_of_init_is_made_of_is_no_setting(stage, name, flag, valu
 
 @pytest.mark.parametrize("stage, name, sentence", [
     ("1", "caption", "does not describe a VQRAE"), ("1", "ar", "does not describe a VQRAE"),
-    ("1", "nowhere", "no model at"), ("2", "caption", "does not describe a VQRAE"), ("ar", "vqrae", "does not describe a VisualLM"),
+    ("1", "nowhere", "no model at"), ("2", "caption", "does not describe a VQRAE"),
+    ("ar", "vqrae", "does not describe a VisualLM"),
     ("ar", "caption", "does not describe a VisualLM"), ("ar", "nowhere", "no model at"),
     ("caption", "ar", "does not describe a Captioner"), ("caption", "unitok", "does not describe a Captioner"),
     ("caption", "nowhere", "no model at"), ("ar", "depth", "was trained with other codes"),
