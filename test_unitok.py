@@ -1,5 +1,6 @@
 """Properties of UniTok's choices and of the quantizers beside VQRAE's, one a test; see test_vqrae.py."""
 
+import copy
 import json
 import math
 from types import SimpleNamespace
@@ -10,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 import sample
 import train
@@ -322,6 +324,65 @@ def test_from_data_the_way_out_starts_where_the_codes_come_closest_to_the_featur
         assert error() > best
 
 
+CHOICES = [{}, {"quantizer": "mcq-simvq"}, {"quantizer": "rq"}, {"projection": "attention"},
+           {"quantizer": "simvq", "codebooks": 1, "projection": "attention"}, {"quantizer": "vq", "codebooks": 1},
+           {"quantizer": "none", "codebooks": 1, "latent_noise": 0.8}]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype, alike, close", [(torch.float64, 1.0, 1e-5), (torch.float16, 0.95, 0.02),
+                                                 (torch.bfloat16, 0.8, 0.05)])
+@pytest.mark.parametrize("changes", CHOICES, ids=str)
+def test_a_model_in_another_precision_encodes_decodes_and_paints_nearly_alike(changes, dtype, alike, close):
+    images = torch.rand(16, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    model = small_unitok(**changes)
+    patches = F.unfold(images, 4, stride=4).transpose(1, 2).flatten(0, 1)
+    model.start(model.encoder(images).flatten(0, 1), patches, generator=torch.Generator().manual_seed(0))
+    other, out = copy.deepcopy(model).to(dtype), model(images)
+    for seen in (images, images.to(dtype)):
+        found = other(seen)
+        assert found.features.dtype == dtype and found.z.dtype == torch.float32
+        if out.indices is None:
+            torch.testing.assert_close(found.reconstruction.float(), out.reconstruction, rtol=0, atol=close)
+            continue
+        assert torch.equal(other.encode(seen)[1], found.indices)
+        assert (found.indices == out.indices).float().mean() >= alike
+        torch.testing.assert_close(other.decode(out.indices), model.decode(out.indices), rtol=0, atol=close)
+        torch.testing.assert_close(other.decode(found.indices), found.reconstruction.float().clamp(0, 1), rtol=0,
+                                   atol=close)
+
+
+@pytest.mark.parametrize("changes", CHOICES, ids=str)
+def test_a_model_can_start_from_images_that_are_all_alike(changes):
+    for images in (torch.ones(4, 3, 16, 16), torch.zeros(1, 3, 16, 16)):
+        model, patches = small_unitok(**changes), torch.ones(64, 48)
+        for features in (model.encoder(images).detach().flatten(0, 1), torch.ones(64, 24)):
+            model.start(features.repeat(64 // len(features), 1), patches, generator=torch.Generator().manual_seed(0))
+            out = model(images)
+            (F.mse_loss(out.reconstruction, images) + out.codebook_loss + out.commitment_loss).backward()
+            assert all(tensor.isfinite().all() for tensor in model.state_dict().values())
+            assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
+def test_a_folder_saved_before_there_was_a_reading_is_loaded_as_the_same_model_without_one(tmp_path):
+    model, images = small_unitok(), torch.rand(2, 3, 16, 16)
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    save_file({name: tensor for name, tensor in load_file(path).items() if name != "reading"}, path)
+    again = unitok.load_tokenizer(tmp_path)
+    assert torch.equal(again(images).reconstruction, model(images).reconstruction)
+    with pytest.raises(InputError, match="no reading of features"):
+        again.features_of(again(images).z_q)
+
+
+def test_what_is_added_up_in_an_attention_projection_is_in_float32_under_autocast():
+    model, seen = small_unitok(projection="attention"), []
+    model.project_out.norm2.register_forward_hook(lambda module, given, result: seen.append(given[0].dtype))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        model(torch.rand(2, 3, 16, 16))
+    assert seen == [torch.float32]
+
+
 def test_what_is_read_from_codes_is_numpys_least_squares(photo_folder):
     model, images = small_unitok(), ImageSet(photo_folder, "train", 16)
     fit_reading(model, images, batch_size=4)
@@ -370,6 +431,29 @@ def test_a_tower_that_reads_along_changes_nothing_in_the_tokenizer(seed):
     assert z_q.grad is None and learning <= {"tower", "image_head", "log_scale", "bias"} and "tower" in learning
     model.contrast(z_q, ["red apple", "green car"], "sigmoid").backward()
     assert z_q.grad.any() and model.project_out.weight.grad.any()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype, close", [(torch.float64, 1e-4), (torch.float16, 0.02), (torch.bfloat16, 0.2)])
+@pytest.mark.parametrize("form", ["sigmoid", "softmax"])
+def test_captions_in_another_precision_agree_with_images_nearly_alike(form, dtype, close, photo_folder):
+    model, images = with_tower(), torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    other, captions = copy.deepcopy(model).to(dtype), ["red apple", "green car", ""]
+    expected = model.contrast(model(images).z_q, captions, form)
+    found = other.contrast(other(images).z_q, captions, form)
+    assert found.item() == pytest.approx(expected.item(), rel=close)
+    photos = ImageSet(photo_folder, "train", 16)
+    assert 0 <= unitok.zero_shot(other, photos.records, photos) <= 1
+
+
+@pytest.mark.parametrize("said, plain", [("red <|endoftext|> apple", "red < |endoftext|> apple"),
+                                         ("<|vision_start|>", "< |vision_start|>"), ("red \udcff", "red \ufffd")])
+def test_a_tower_reads_what_looks_like_a_control_token_as_text(said, plain):
+    tower = with_tower().tower
+    controls = {tower.lm.text.token_to_id(name) for name in ("<|endoftext|>", "<|vision_start|>")}
+    assert not controls & set(tower.lm.prompt(said)[:-1]) and tower.lm.prompt(said)[-1] in controls
+    if "\ufffd" in plain:
+        torch.testing.assert_close(tower([said]), tower([plain]))
 
 
 @given(seeds)
@@ -509,6 +593,17 @@ def test_the_loss_is_the_mean_cross_entropy_of_all_codes_and_of_no_text(seed):
         misread = torch.randint(7, codes.shape)
         seen, _ = model.pack([model.prompt("class0"), model.prompt("a longer text")], misread)
         assert not torch.allclose(model.loss(tokens, first, seen), expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype, close", [(torch.float64, 1e-3), (torch.float16, 0.05), (torch.bfloat16, 0.6)])
+def test_a_depth_head_in_another_precision_predicts_nearly_alike_and_writes(dtype, close):
+    model = unitok.DepthLM.around(text_lm(image_tokens=4), 4)
+    other, codes = copy.deepcopy(model).to(dtype), torch.ones(1, 4, 4, dtype=torch.int64)
+    tokens, _ = model.pack([model.prompt("red apple")], codes)
+    torch.testing.assert_close(other(tokens).float(), model(tokens), rtol=0, atol=close)
+    assert other.loss(tokens).item() == pytest.approx(model.loss(tokens).item(), rel=close)
+    assert other.generate("red apple", cfg_scale=2.0).shape == (1, 4, 4)
 
 
 def test_a_depth_head_around_a_language_model_keeps_all_it_knows(tmp_path):

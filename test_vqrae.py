@@ -10,6 +10,7 @@ import copy
 import json
 import os
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -470,6 +471,19 @@ def test_the_encoder_applies_its_own_mean_and_std(tmp_path):
     flat = torch.tensor(config.mean)[:, None, None].expand(1, 3, 16, 16)
     bias = loaded.patch_embed.bias.view(1, -1, 1, 1).expand(1, -1, 4, 4)
     torch.testing.assert_close(loaded.patch_embed((flat - loaded.mean) / loaded.std), bias)
+
+
+@torch.no_grad()
+def test_features_can_be_read_before_the_last_norm_and_the_norm_is_kept_for_who_reads_behind_it(tmp_path):
+    config, images = replace(small_vit(), final_norm="class"), torch.rand(2, 3, 16, 16)
+    model = vqrae.VQRAE(vqrae.VQRAEConfig(config, 16, 4, 40, 12)).eval()
+    model.encoder.norm.weight.uniform_(0.5, 2)
+    *_, last = model.encoder.hidden_states(images)
+    assert torch.equal(model(images).features, last[:, 1:])
+    model.save_pretrained(tmp_path / "model")
+    assert torch.equal(vqrae.load_encoder(tmp_path / "model")(images), last[:, 1:])
+    save_encoder(model.encoder, tmp_path / "encoder")
+    torch.testing.assert_close(vqrae.load_encoder(tmp_path / "encoder")(images), model.encoder.norm(last)[:, 1:])
 
 
 def test_images_that_do_not_divide_into_patches_are_refused():
@@ -1065,6 +1079,14 @@ def test_only_codes_are_generated_and_a_seed_repeats_them():
     assert draws[0].shape == (2, 12) and 0 <= draws[0].min() and draws[0].max() < 20
 
 
+@given(seed=seeds, top_k=st.integers(1, 8), levels=st.integers(1, 3))
+def test_of_equally_likely_codes_top_k_leaves_no_more_than_asked(seed, top_k, levels):
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randint(levels, (8,), generator=generator).float()  # most of them alike
+    drawn = vqrae.choose(logits.expand(4000, -1), 1.0, top_k, 1.0, generator).bincount(minlength=8) > 0
+    assert drawn.sum() == top_k and logits[drawn].min() >= logits[~drawn].amax() if top_k < 8 else drawn.all()
+
+
 @given(seed=seeds, top_k=st.integers(0, 9), top_p=st.floats(0.05, 1), temperature=st.floats(0.5, 2))
 def test_top_k_and_top_p_leave_the_likeliest_codes_and_all_of_them(seed, top_k, top_p, temperature):
     generator = torch.Generator().manual_seed(seed)
@@ -1114,6 +1136,72 @@ def test_a_style_that_is_named_makes_another_prompt():
     prompts = {tuple(model.prompt(f"{style} red apple")) for style in ("fluent", "noto", "twemoji")}
     assert len(prompts | {tuple(model.prompt("red apple")), tuple(model.prompt(""))}) == 5
     assert model.prompt("") == [model.text.token_to_id(START_OF_IMAGE)]
+
+
+@given(image_tokens=st.integers(1, 20), most=st.integers(22, 60), words=st.integers(0, 60))
+def test_text_and_image_together_have_at_most_max_tokens(image_tokens, most, words):
+    model, caption = text_lm(image_tokens=image_tokens, max_tokens=most), "x" * words
+    prompt, room, count = model.prompt(caption), most - image_tokens - 1, len(model.text.encode(caption).ids)
+    assert len(prompt) == min(count, room) + 1 and prompt[-1] == model.text.token_to_id(START_OF_IMAGE)
+    if count <= room:
+        assert model.generate(caption, temperature=0).shape == (1, image_tokens)
+    else:
+        with pytest.raises(InputError, match=f"may have {room} tokens here, and 'x.* has more"):
+            model.generate(["", caption])
+
+
+def test_an_image_that_leaves_no_room_for_text_is_one_sentence():
+    assert small_lm().config.max_tokens == 1536  # Table 9
+    for make in (lambda: small_lm(image_tokens=1535), lambda: vqrae.CaptionerConfig(small_vit(), 160, replace(
+            small_lm().config, image_tokens=0))):
+        with pytest.raises(InputError, match="an image of 1[56].* tokens leaves no room for text in 1536"):
+            make()
+
+
+def test_a_captioner_is_taught_no_more_than_fits_behind_an_image():
+    model = small_captioner()
+    model.config.lm.max_tokens = 25  # 16 of the image, its start, the end, and 7
+    tokens = model.tokens("red apple " * 99)
+    assert len(tokens) == 8 and tokens[-1] == model.lm.text.token_to_id(END_OF_TEXT)
+    assert tokens[:-1] == model.lm.text.encode("red apple " * 99).ids[:7]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype, close", [(torch.float64, 1e-3), (torch.float16, 0.05), (torch.bfloat16, 0.5)])
+def test_a_language_model_in_another_precision_predicts_nearly_alike_and_writes(dtype, close):
+    model, captioner, images = text_lm(image_tokens=4), small_captioner(), torch.rand(2, 3, 16, 16)
+    other, tokens = copy.deepcopy(model).to(dtype), torch.tensor([model.prompt("red apple") + [300, 310]])
+    torch.testing.assert_close(other(tokens).float(), model(tokens), rtol=0, atol=close)
+    assert other.loss(tokens).item() == pytest.approx(model.loss(tokens).item(), rel=close)
+    assert other.generate(["red apple", ""], cfg_scale=2.0).shape == (2, 4)
+    said = ["red apple", "cat"]
+    expected, captioner = captioner.loss(images, said), captioner.to(dtype)
+    assert captioner.loss(images, said).item() == pytest.approx(expected.item(), rel=close)
+    assert len(captioner.caption(images, most=4)) == len(captioner.caption(images.to(dtype), most=4)) == 2
+
+
+@torch.no_grad()
+def test_what_is_added_up_in_the_transformers_is_in_float32_under_autocast():
+    images, seen = torch.rand(2, 3, 16, 16), []
+    model, captioner = small_model(), small_captioner()
+    plain = vqrae.Decoder(replace(small_vit(), layer_scale=False), 4)
+    for module in (*model.encoder.blocks, *model.decoder.blocks, *plain.blocks, *captioner.lm.blocks):
+        module.register_forward_hook(lambda module, given, result: seen.append((given[0].dtype, result.dtype)))
+    with torch.autocast("cpu", torch.bfloat16):
+        plain(model(images).features.bfloat16(), 4, 4)
+        captioner.loss(images, ["red apple", "cat"])
+    assert len(seen) == 4 * 2 and set(seen) == {(torch.float32, torch.float32)}
+
+
+@torch.no_grad()
+def test_a_deep_decoder_without_layer_scale_loses_little_under_autocast():
+    torch.manual_seed(0)
+    decoder = vqrae.Decoder(vqrae.ViTConfig(16, 4, 64, 27, 4, 128, layer_scale=False), 4)
+    x = torch.randn(4, 16, 64)
+    expected = decoder(x, 4, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = decoder(x.bfloat16(), 4, 4)  # what project_out gives there
+    assert (found - decoder(x.bfloat16().float(), 4, 4)).norm() < 0.007 * expected.norm()
 
 
 def test_a_saved_language_model_is_loaded_as_the_same_model(tmp_path):

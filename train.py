@@ -322,7 +322,7 @@ def stage_caption(run, config):
     if not any(texts):
         raise InputError(f"the images in {config.data} have no captions: put them into one folder per class")
     lm = before.lm if before else language_model(config, texts)
-    model = vqrae.Captioner(vqrae.CaptionerConfig(encoder.config, config.image_size, lm.config), lm.text)
+    model = before or vqrae.Captioner(vqrae.CaptionerConfig(encoder.config, config.image_size, lm.config), lm.text)
     model.encoder, model.lm = encoder.requires_grad_(False), lm
     model.to(run.device)
     run.fixed["encoder (SHA-256)"] = digest(*encoder.state_dict().values())

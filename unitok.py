@@ -303,7 +303,7 @@ def zero_shot(model, train_records, images, batch_size=64, device="cpu", workers
     right = 0
     for batch, places in images.batches(range(len(images)), batch_size, workers, indices=True):
         out = model(batch.to(device).float() / 255)
-        found = (model.summarise(out.z_q).cpu() @ F.normalize(means, dim=1).T).argmax(1)  # (B,), by cosine
+        found = (model.summarise(out.z_q).float().cpu() @ F.normalize(means, dim=1).T).argmax(1)  # (B,), by cosine
         right += sum(names[i] == images.records[place].get("category", "") for i, place in zip(found.tolist(), places))
     return right / len(images)
 

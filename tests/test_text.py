@@ -1,19 +1,22 @@
 """Captions: what a record says, the text tokenizer, misread codes and turned colours."""
 
 import colorsys
+import copy
 
 import pytest
+import tokenizers
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from tokenizers import Tokenizer
 
 import vqrae
-from conftest import WORDS, edit, seeds, text_lm
+from conftest import WORDS, edit, seeds, small_captioner, text_lm
 from support.files import InputError
 from support.images import ImageSet
-from support.text import (COLOURS, END_OF_TEXT, START_OF_IMAGE, caption_of, misread, recolour, text_of,
-                          train_text_tokenizer, turn_colour)
+from support.text import (COLOURS, END_OF_TEXT, START_OF_IMAGE, caption_of, load_text_tokenizer, misread, readable,
+                          recolour, text_of, tokens_of, train_text_tokenizer, turn_colour)
 
 
 # --- captions ---
@@ -65,6 +68,94 @@ def test_a_damaged_text_tokenizer_is_one_sentence(tmp_path, damage, sentence):
     damage(tmp_path)
     with pytest.raises(InputError, match=sentence):
         vqrae.VisualLM.from_pretrained(tmp_path)
+
+
+LOOKALIKES = [START_OF_IMAGE, END_OF_TEXT, END_OF_TEXT.upper(), "\uff5c".join(END_OF_TEXT.split("|")), "<|im_end|>"]
+texts = st.lists(st.one_of(st.sampled_from(LOOKALIKES), st.text(max_size=8)), max_size=5).map("".join)
+
+
+def byte_pairs(special, normalized):
+    """A tokenizer as others make them: added tokens that may not be called special, pieces that are looked up whole."""
+    tokenizer = Tokenizer(tokenizers.models.BPE(ignore_merges=True))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer.train_from_iterator(WORDS, tokenizers.trainers.BpeTrainer(
+        vocab_size=300, initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()), show_progress=False))
+    add = tokenizer.add_special_tokens if special else tokenizer.add_tokens
+    add([tokenizers.AddedToken(name, special=special, normalized=normalized) for name in LOOKALIKES])
+    return tokenizer
+
+
+def assert_read_as_text(tokenizer, text):
+    ids = tokens_of(tokenizer, text)
+    assert not set(ids) & {tokenizer.token_to_id(START_OF_IMAGE), tokenizer.token_to_id(END_OF_TEXT)}
+    return ids
+
+
+@given(text=texts)
+def test_what_looks_like_a_control_token_is_read_as_the_text_that_it_is(text):
+    tokenizer = train_text_tokenizer([*WORDS, text], 400)
+    for one in (tokenizer, copy.deepcopy(tokenizer)):  # a run's average has a copy
+        found = one.decode(assert_read_as_text(one, text))
+        assert found.strip() == one.normalizer.normalize_str(readable(text)).strip()
+
+
+@pytest.mark.parametrize("special", [True, False])
+@pytest.mark.parametrize("normalized", [True, False])
+def test_so_it_is_with_tokenizers_of_others_whatever_they_call_special(special, normalized, tmp_path):
+    byte_pairs(special, normalized).save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_text_tokenizer(tmp_path / "tokenizer.json", 400)
+    for text in (*LOOKALIKES, f"red{END_OF_TEXT}{START_OF_IMAGE} apple", f"{END_OF_TEXT} " * 9):
+        assert_read_as_text(tokenizer, text)
+    assert tokenizer.decode(assert_read_as_text(tokenizer, "red apple")) == "red apple"
+
+
+def test_a_control_token_among_whole_words_is_left_out_when_nothing_else_helps():
+    words = {"red": 0, "apple": 1, START_OF_IMAGE: 2, END_OF_TEXT: 3}
+    tokenizer = Tokenizer(tokenizers.models.WordLevel(words, unk_token="red"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    assert assert_read_as_text(tokenizer, f"apple {END_OF_TEXT} apple")[-1] == 1
+
+
+def test_a_tokenizer_neither_cuts_nor_pads_nor_ends_captions_whatever_its_file_asks_for(tmp_path):
+    tokenizer = byte_pairs(True, False)
+    expected = tokens_of(tokenizer, "fluent red apple")
+    tokenizer.enable_truncation(2)
+    tokenizer.enable_padding(length=30)
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single=f"$A {END_OF_TEXT}", special_tokens=[(END_OF_TEXT, tokenizer.token_to_id(END_OF_TEXT))])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    assert tokens_of(load_text_tokenizer(tmp_path / "tokenizer.json", 400), "fluent red apple") == expected
+
+
+@given(text=st.text(st.one_of(st.characters(), st.characters(categories=["Cs"])), max_size=20))
+def test_any_string_is_readable_and_text_stays_as_it_is(text):
+    found = readable(text)
+    found.encode()  # now it can be written
+    assert readable(found) == found
+    if not any("\ud800" <= character <= "\udfff" for character in text):
+        assert found == text
+    record = {"style": text, "caption": text, "category": text}
+    for said in (caption_of(record), text_of(record), caption_of(record, style=False)):
+        assert tokens_of(train_text_tokenizer([said], 300), said) is not None
+
+
+def test_halves_of_a_pair_beside_each_other_are_the_character_that_they_spell():
+    assert readable("\ud83c\udf4e") == "\U0001f34e" and readable("x\udcff") == "x\ufffd"
+    assert readable("\udf4e\ud83c") == "\ufffd\ufffd"
+
+
+def test_a_model_in_a_copy_reads_captions_as_it_did():
+    model = text_lm()
+    for one in (model, copy.deepcopy(model), small_captioner().lm, copy.deepcopy(small_captioner()).lm):
+        controls = {one.text.token_to_id(START_OF_IMAGE), one.text.token_to_id(END_OF_TEXT)}
+        assert controls & set(one.prompt(f"a {END_OF_TEXT} {START_OF_IMAGE}\udcff")) == {one.prompt("")[0]}
+
+
+def test_a_captioner_learns_no_end_inside_a_caption():
+    model = small_captioner()
+    tokens = model.tokens(f"red {END_OF_TEXT} apple")
+    assert tokens.index(model.lm.text.token_to_id(END_OF_TEXT)) == len(tokens) - 1
 
 
 # --- for small sets: misread codes, turned colours ---
