@@ -5,6 +5,7 @@ import hashlib
 import io
 import itertools
 import json
+import random
 import re
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,17 +27,12 @@ def open_images(data, split, size, stream=False, columns=None):
     With `stream` a Stream of the latter. `columns`, names with commas between them, are the only columns to look at.
     """
     folder = Path(data)
-    from_hub = str(data).startswith("hub:") and not folder.is_dir()
-    if not from_hub and not is_saved(folder) and not tar_files(data):
-        if stream:
-            raise InputError(f"--stream is for sets that datasets reads, and {data} is a folder of images: omit it")
-        return ImageSet(data, split, size)
-    return (Stream if stream else TableSet)(str(data), split, size, columns)
-
-
-def is_saved(folder):
-    """Whether datasets has saved a set, or several splits of one, in a folder."""
-    return any((folder / name).exists() for name in ("state.json", "dataset_dict.json"))
+    saved = any((folder / name).exists() for name in ("state.json", "dataset_dict.json"))  # of one split, of several
+    if saved or tar_files(data) or str(data).startswith("hub:") and not folder.is_dir():
+        return (Stream if stream else TableSet)(str(data), split, size, columns)
+    if stream:
+        raise InputError(f"--stream is for sets that datasets reads, and {data} is a folder of images: leave it out")
+    return ImageSet(data, split, size)
 
 
 def tar_files(data):
@@ -98,7 +94,7 @@ def load_splits(data, stream):
                 raise InputError(f"{data} is no set of the hub, which is called hub:USER/NAME or hub:USER/NAME/VERSION")
             return dict(datasets.load_dataset("/".join(names[:2]), *names[2:], streaming=stream))
         found = datasets.load_from_disk(data)
-        found = {"train": found} if isinstance(found, datasets.Dataset) else dict(found)
+        found = found if isinstance(found, dict) else {"train": found}
         return {name: part.to_iterable_dataset(min(64, len(part))) if stream else part for name, part in found.items()}
 
 
@@ -115,31 +111,27 @@ def find_columns(features, named, data):
 
     The last two may be missing. InputError without the first, or when a column of `named` is not there.
     """
-    import datasets
-
     names = named.split(",") if named else [name for name in features if not name.startswith("__")]
     if not set(names) <= set(features):
         raise InputError(f"{data} has no column {min(set(names) - set(features))}, but {', '.join(features)}")
+    kinds = {name: type(features[name]).__name__ for name in names}
+    texts = [name for name in names if getattr(getattr(features[name], "feature", features[name]), "dtype", None)
+             in ("string", "large_string")]  # one, or a list of them
 
-    def rank(name, usual):
-        last = name.rpartition(".")[2].lower()  # json.caption
-        return usual.index(last) if last in usual else len(usual)
+    def called(usual, among):
+        last = {name.rpartition(".")[2].lower(): name for name in reversed(among)}  # of json.caption caption
+        return [last[word] for word in usual if word in last]
 
-    def is_text(feature):
-        return getattr(getattr(feature, "feature", feature), "dtype", None) in ("string", "large_string")
-
-    images = [name for name in names if isinstance(features[name], datasets.Image)]
+    images = sorted((name for name in names if kinds[name] == "Image"),
+                    key=lambda name: name.count("."))  # 000.png comes before its mask, 000.seg.png
     if not images:
         raise InputError(f"{data} has no column of images, but {', '.join(features)}")
-    labels = [name for name in names if isinstance(features[name], datasets.ClassLabel)] or sorted(
-        (name for name in names if rank(name, CATEGORIES) < len(CATEGORIES)), key=lambda name: rank(name, CATEGORIES))
-    texts = sorted((name for name in names if is_text(features[name]) and name not in labels),
-                   key=lambda name: rank(name, CAPTIONS))
-    if texts and rank(texts[0], CAPTIONS) == len(CAPTIONS) and not named and (labels or len(texts) > 1):
-        texts = []  # the name of a file, or who knows what
-    found = {"image": min(images, key=lambda name: name.count(".")),  # 000.png, with its mask in 000.seg.png
-             "category": labels[0] if labels else None, "caption": texts[0] if texts else None}
-    return {kind: name for kind, name in found.items() if name}
+    labels = [name for name in names if kinds[name] == "ClassLabel"] + called(CATEGORIES, names)
+    captions = called(CAPTIONS, texts)
+    if named or not labels and len(texts) == 1:  # otherwise it may be the name of a file, or anything
+        captions += [name for name in texts if name not in labels]
+    found = {"image": images, "category": labels, "caption": captions}
+    return {kind: columns[0] for kind, columns in found.items() if columns}
 
 
 def decode_image(row):
@@ -147,14 +139,12 @@ def decode_image(row):
 
     Not one with a colour profile, which torchvision would pass over.
     """
-    name, data = (row or {}).get("path"), (row or {}).get("bytes")
-    if data is None and name is None:
+    if not row or not any(row.values()):
         raise InputError("cannot read an image that is missing")
+    name, data = row["path"] or "an image", row["bytes"]
     if data is None:
-        from datasets.utils.file_utils import xopen  # a file, or one inside an archive or on the hub
-
-        with xopen(name, "rb") as file:
-            data = file.read()
+        with datasets_for(name) as datasets, datasets.utils.file_utils.xopen(name, "rb") as file:
+            data = file.read()  # a file, or one inside an archive or on the hub
     if data.startswith(b"\xff\xd8") and b"ICC_PROFILE\0" not in data:
         try:
             encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
@@ -163,7 +153,7 @@ def decode_image(row):
                 return pixels.to_pil_image(image)
         except RuntimeError:
             pass  # PIL reads it after all, or has a sentence for it
-    return read_image(name or "an image", io.BytesIO(data))
+    return read_image(name, io.BytesIO(data))
 
 
 class TableSet(ImageSet):
@@ -199,16 +189,14 @@ class TableSet(ImageSet):
 
     @functools.cached_property
     def records(self):
-        kinds = [kind for kind in ("category", "caption") if kind in self.columns]
-        values = self.rows.select_columns([self.columns[kind] for kind in kinds]).select(self.sources)[:]
-        found = [{"name": path} for path in self.paths()]
-        for kind in kinds:
-            feature = self.rows.features[self.columns[kind]]
-            for record, value in zip(found, values[self.columns[kind]]):
-                value = value[0] if isinstance(value, list) and value else value  # of several captions the first
-                if hasattr(feature, "int2str"):
-                    value = feature.int2str(value) if value is not None and value >= 0 else None
-                record.update({} if value in (None, []) else {kind: str(value).strip()})
+        found = [{"name": path, "category": ""} for path in self.paths()]
+        for kind, column in self.columns.items():
+            if kind != "image":
+                feature, chosen = self.rows.features[column], self.rows.select_columns(column).select(self.sources)
+                for record, value in zip(found, chosen[:][column]):
+                    value = value[0] if isinstance(value, list) and value else value  # of several captions the first
+                    if value not in (None, [], -1):  # the last for a class that is kept secret
+                        record[kind] = feature.int2str(value) if hasattr(feature, "int2str") else str(value).strip()
         return found
 
     def names(self):
@@ -282,7 +270,7 @@ class Stream(ImageSet, torch.utils.data.IterableDataset):
             yield (images, places) if indices else images
 
     def rows_of(self, place, epoch, state):
-        """Yield the rows that a process reads in an epoch, from `state` on, each with a function that gives the next."""
+        """Yield the rows that a process reads in an epoch, from `state` on, each with a function for the next."""
         with datasets_for(self.folder) as datasets:
             rows, number, count = self.rows, *place
             if self.order:
@@ -311,8 +299,7 @@ class Stream(ImageSet, torch.utils.data.IterableDataset):
                     continue
                 shown += 1
                 if self.order:  # of every view of every process another seed
-                    drawn = hashlib.sha256(f"{self.order.seed} {place} {shown}".encode()).digest()
-                    seed = int.from_bytes(drawn[:7], "big")
+                    seed = random.Random(f"{self.order.seed} {place} {shown}").getrandbits(62)
                     after = {place: (epoch, shown, next_state())} if shown % self.batch_size == 0 else None
                 yield self.prepare(image, self.size, seed), after, unreadable
                 unreadable = []

@@ -407,6 +407,30 @@ def test_a_text_file_of_an_images_name_is_its_caption_and_not_a_file_too_many(tm
     assert "skipped 1 files" in said and "cats/notes.txt (not an image)" in said
 
 
+@pytest.mark.parametrize("name, text", [
+    ("metadata.jsonl", '{"file_name": "cats/0.png", "text": "one  cat"}\n{"file_name": "cats/1.png", "text": null}\n'),
+    ("metadata.csv", "file_name,label,caption\ncats/0.png,3,one cat\n./cats/1.png,4,\n"),
+    ("cats/metadata.jsonl", '{"file_name": "0.png", "captions": ["one cat", "a cat"]}\n'),
+])
+def test_a_metadata_file_tells_captions_as_the_library_datasets_has_it(name, text, tmp_path, capsys):
+    (tmp_path / "cats").mkdir()
+    for i in range(3):
+        Image.new("RGB", (16, 16)).save(tmp_path / f"cats/{i}.png")
+    (tmp_path / "cats/2.txt").write_text("from beside")
+    (tmp_path / name).write_text(text)
+    assert [record.get("caption") for record in ImageSet(tmp_path, "all", 16).records] == [
+        "one cat", None, "from beside"]
+    assert "skipped" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("line", ["{", "[1]", '{"text": "no file"}', '{"file_name": "0.png", "text": 3}'])
+def test_a_damaged_metadata_file_is_a_sentence(line, tmp_path):
+    Image.new("RGB", (16, 16)).save(tmp_path / "0.png")
+    (tmp_path / "metadata.jsonl").write_text(line)
+    with pytest.raises(InputError, match="metadata.jsonl does not describe images: "):
+        ImageSet(tmp_path, "all", 16).records
+
+
 def test_captions_beside_images_do_not_change_which_images_a_run_is_on(tmp_path):
     some_images(tmp_path)
     before = ImageSet(tmp_path, "all", 16)

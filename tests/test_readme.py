@@ -87,7 +87,7 @@ def test_every_name_on_the_pages_exists(page):
         own = [place for place in places if hasattr(place, first)]
         assert not own or not all(isinstance(getattr(place, first), type) for place in own), name
         # a key of summary.json, a choice of a flag, another's program
-        assert name in code or name in ("git", "transformers", "webdataset"), name
+        assert name in code or name in ("git", "transformers", "datasets"), name
 
 
 def exists(name, places):
@@ -217,8 +217,8 @@ def test_the_paper_takes_little_from_support():
     assert found["support.metrics"] == {"codebook_usage", "psnr"}
 
 
-def test_images_know_nothing_of_shards():
-    assert "support.shards" not in {module for module, _ in imports("support/images.py")}
+def test_images_know_nothing_of_sets():
+    assert "support.sets" not in {module for module, _ in imports("support/images.py")}
 
 
 @pytest.mark.parametrize("driver", ["train.py", "sample.py"])

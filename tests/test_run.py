@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 import support.files
 import train
 import vqrae
-from conftest import (ROOT, assert_resume_is_exact, begin, command, log_of, make_run, small_vit, torchrun, weights,
-                      write_shards)
+from conftest import (ROOT, assert_resume_is_exact, begin, command, launch_ranks, log_of, make_run, small_vit, torchrun,
+                      wait_for_ranks, weights, write_tars)
 from export import save_encoder
 from support.images import ImageSet
 from support.metrics import evaluate, usage
@@ -118,8 +118,9 @@ def test_a_stopped_and_resumed_run_ends_bit_identical(short_run, tmp_path):
     assert_resume_is_exact(short_run, tmp_path)
 
 
-def test_kill_minus_9_loses_nothing(short_run, tmp_path):
-    arguments = short_run[:-1]
+@pytest.mark.parametrize("data", ["photo_folder", "packed"])
+def test_kill_minus_9_loses_nothing(data, short_run, request, tmp_path):
+    arguments = short_run[:-2] + ["--data", str(request.getfixturevalue(data)), "--out"]
     arguments[arguments.index("--steps") + 1] = "12"
     arguments[arguments.index("--checkpoint-every") + 1] = "1"
     train.main([*arguments, str(tmp_path / "whole")])
@@ -298,21 +299,30 @@ def test_the_average_is_what_gets_saved(short_run, tmp_path):
     assert any(not torch.equal(tensor, state["model"][name]) for name, tensor in saved.items())
 
 
-# --- shards ---
+# --- sets ---
 
 
 def test_stage_1_on_a_packing_resumes_bit_identical(short_run, packed, tmp_path):
     assert_resume_is_exact(short_run[:-2] + ["--data", str(packed)] + short_run[-2:], tmp_path)
 
 
-def test_a_run_on_streamed_shards_ends_and_says_that_it_is_not_resumed_bit_for_bit(short_run, tmp_path, capsys):
-    write_shards(tmp_path / "shards", 3, 12)
-    url = f"pipe:cat {tmp_path}/shards/some-{{000000..000002}}.tar"
-    train.main(short_run + ["--data", url])
+def test_a_streamed_run_ends_and_goes_on_in_its_files_though_not_bit_for_bit(short_run, tmp_path, capsys):
+    stream = ["--data", str(write_tars(tmp_path / "tars", 3, 12) / "some-{000000..000002}.tar"), "--stream"]
+    train.main(short_run + stream)
     assert json.loads((tmp_path / "run/summary.json").read_text())["val_images"] == 12
+    state = torch.load(tmp_path / "run/checkpoint/state.pt", weights_only=True)["stream"]
+    assert [shown for epoch, shown, _ in state.values()] == [6 * 4]
     capsys.readouterr()
-    train.main(short_run + ["--data", url, "--resume"])
-    assert "continuing" in (said := capsys.readouterr().out) and "not bit for bit: its shards are streamed" in said
+    train.main(short_run + stream + ["--resume"])
+    assert "continuing" in (said := capsys.readouterr().out) and "not bit for bit" in said
+
+
+def test_a_checkpoint_holds_where_each_of_two_ranks_stands_in_a_stream(short_run, tmp_path):
+    data = write_tars(tmp_path / "tars", 3, 12)
+    done = wait_for_ranks(launch_ranks("train.py", *short_run, "--data", data, "--stream"), 200)
+    assert done.returncode == 0, done.stderr
+    state = torch.load(tmp_path / "run/checkpoint/state.pt", weights_only=True)["stream"]
+    assert sorted(state) == [(0, 2), (1, 2)] and [shown for _, shown, _ in state.values()] == [6 * 2] * 2
 
 
 # --- ranks ---

@@ -19,7 +19,7 @@ from PIL import Image
 
 import sample
 import vqrae
-from conftest import command, edit, small_captioner, small_model, small_vit, write_shards, write_variants
+from conftest import command, edit, small_captioner, small_model, small_vit, write_tars, write_variants
 from export import save_encoder
 from presets import SAMPLING
 from support.images import ImageSet, drawn_here, eight_bits
@@ -286,11 +286,10 @@ def test_codes_refuses_a_codebook_that_the_model_does_not_have(saved_model):
         sample.main(["codes", "--model", str(saved_model), "--codebook", "1"])
 
 
-def test_codes_of_shards_behind_a_url_are_one_sentence(saved_model, tmp_path):
-    write_shards(tmp_path / "shards", 2, 3)
-    url = f"file:{tmp_path}/shards/some-{{000000..000001}}.tar"
+def test_codes_of_a_stream_are_one_sentence(saved_model, tmp_path):
+    data = write_tars(tmp_path / "tars", 2, 3)
     with pytest.raises(SystemExit, match="is streamed, so its images cannot be asked for one by one"):
-        sample.main(["codes", "--model", str(saved_model), "--data", url])
+        sample.main(["codes", "--model", str(saved_model), "--data", str(data), "--stream"])
 
 
 # --- generate and caption ---

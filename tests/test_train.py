@@ -15,7 +15,7 @@ import sample
 import train
 import vqrae
 from conftest import (assert_resume_is_exact, begin, make_run, small_model, small_vit, take_steps, without_sizes,
-                      write_shards)
+                      write_tars)
 from export import save_encoder
 from support.files import InputError
 from support.images import ImageSet, find_images
@@ -368,24 +368,18 @@ def test_a_captioner_is_not_resumed_on_another_encoder_or_other_words(caption_ru
         train.main(caption_run + ["--resume", *(part.format(tmp=tmp_path) for part in change)])
 
 
-# --- images in shards ---
+# --- sets ---
 
 
 @pytest.mark.parametrize("stage", ["second_stage", "ar_run", "caption_run"])
-def test_the_other_stages_take_shards_too(stage, request, tmp_path):
-    write_shards(tmp_path / "shards", 2, 10)
-    train.main(request.getfixturevalue(stage) + ["--data", str(tmp_path / "shards"), "--steps", "2"])
+def test_the_other_stages_take_sets_too(stage, request, tmp_path):
+    data = write_tars(tmp_path / "tars", 2, 10)
+    train.main(request.getfixturevalue(stage) + ["--data", str(data), "--columns", "png,json", "--steps", "2"])
     assert json.loads((tmp_path / "run/summary.json").read_text())["training images"] == 19
 
 
-def test_what_needs_images_by_number_says_that_streamed_ones_have_none(caption_run, tmp_path):
-    write_shards(tmp_path / "shards", 3, 4)
+@pytest.mark.parametrize("run, more", [("caption_run", []), ("short_run", ["--contrastive", "sigmoid"])])
+def test_what_needs_images_by_number_says_that_streamed_ones_have_none(run, more, request, tmp_path):
+    data = write_tars(tmp_path / "tars", 3, 4)
     with pytest.raises(SystemExit, match="is streamed, so its images cannot be asked for one by one"):
-        train.main(caption_run + ["--data", f"file:{tmp_path}/shards/some-{{000000..000002}}.tar"])
-
-
-def test_captions_of_streamed_images_cannot_supervise(short_run, tmp_path):
-    write_shards(tmp_path / "shards", 3, 4)
-    with pytest.raises(SystemExit, match="is streamed, so its images cannot be asked for one by one"):
-        train.main(short_run + ["--contrastive", "sigmoid", "--data",
-                                f"file:{tmp_path}/shards/some-{{000000..000002}}.tar"])
+        train.main(request.getfixturevalue(run) + more + ["--data", str(data), "--stream"])

@@ -65,16 +65,16 @@ def encode(path, size, quality):
 
 def encode_rows(rows, size, quality):
     """Columns of file, name, label and caption -> those of image, label and caption, without unreadable files."""
-    images = []
-    for file, name in zip(rows["file"], rows["name"]):
+    packed = {"image": [], "label": [], "caption": []}
+    for file, label, caption in zip(rows["file"], rows["label"], rows["caption"]):
         try:
-            images.append({"bytes": encode(file, size, quality), "path": name})
+            image = {"bytes": encode(file, size, quality), "path": file}
         except InputError as error:
-            images.append(None)
             print(f"skipped: {error}", file=sys.stderr)
-    kept = [i for i, image in enumerate(images) if image]
-    columns = {"image": images, "label": rows["label"], "caption": rows["caption"]}
-    return {name: [column[i] for i in kept] for name, column in columns.items()}
+            continue
+        for column, value in zip(packed.values(), (image, label, caption)):
+            column.append(value)
+    return packed
 
 
 def pack(images, args, features, cache):
@@ -83,8 +83,8 @@ def pack(images, args, features, cache):
     order = np.random.RandomState(0).permutation(len(images)).tolist()
     for begin in range(0, len(order), PART):
         rows = datasets.Dataset.from_list([
-            {"file": images.sources[i], "name": records[i]["name"], "label": records[i]["category"],
-             "caption": records[i].get("caption", "")} for i in order[begin:begin + PART]])
+            {"file": images.sources[i], "label": records[i]["category"], "caption": records[i].get("caption", "")}
+            for i in order[begin:begin + PART]])
         parts.append(rows.map(
             encode_rows, batched=True, batch_size=64, num_proc=min(args.workers, len(rows)), features=features,
             remove_columns=rows.column_names, fn_kwargs={"size": args.size, "quality": args.quality},
@@ -97,8 +97,10 @@ def main(argv=None):
     with one_sentence_errors():
         if args.out.exists():
             raise InputError(f"{args.out} is there already: remove it, or choose another --out")
-        found = {name: ImageSet(args.source, split, args.size) for split, name in (("train", "train"),
-                                                                                  ("val", "validation"))}
+        found = {"train": ImageSet(args.source, "train", args.size),
+                 "validation": ImageSet(args.source, "val", args.size)}
+        if found["train"].from_sheets:
+            raise InputError(f"{args.source} is packed already, into sheets")
         classes = {record["category"] for images in found.values() for record in images.records}
         features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=sorted(classes)),
                                       "caption": datasets.Value("string")})
