@@ -597,7 +597,7 @@ class VQRAE(nn.Module):
 
 
 def unit(features, dim):
-    """Features scaled to length 1 along `dim`; the epsilon under the root keeps the gradient finite at zero."""
+    """Features scaled to length 1 along `dim`. LPIPS has its eps behind the root, whose gradient at 0 is infinite."""
     return features * (features.pow(2).sum(dim, keepdim=True) + 1e-8).rsqrt()
 
 
