@@ -258,7 +258,7 @@ def evaluate(model, images, batch_size=64, device="cpu", workers=0, frechet_enco
     counts = torch.zeros(model.config.codebook_size, dtype=torch.int64)
     for x in images.views(batch_size, device, workers):
         out = model(x)
-        y = eight_bits(out.reconstruction)
+        y = eight_bits(out.reconstruction.float())
         x = resize_to(x, y)
         scores["psnr"].append(psnr(x, y).cpu())
         scores["ssim"].append(ssim(x, y).cpu())
