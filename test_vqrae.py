@@ -586,6 +586,18 @@ def test_order_and_size_of_the_batch_do_not_change_an_image(seed, order, size):
     torch.testing.assert_close(parts, whole[list(order)], rtol=1e-4, atol=1e-5)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("part", ["encoder", "project_in", "quantizer", "project_out", "decoder"])
+def test_one_part_of_a_model_may_be_in_half_precision(part):
+    images = torch.rand(16, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    model = started_model(small_model(), images)
+    other, out = copy.deepcopy(model), model(images)
+    getattr(other, part).half()
+    assert (other.encode(images)[1] == out.indices).float().mean() > 0.95
+    assert other(images).reconstruction.isfinite().all()
+    torch.testing.assert_close(other.decode(out.indices), model.decode(out.indices), rtol=0, atol=0.01)
+
+
 def test_a_saved_model_is_loaded_as_the_same_model(tmp_path):
     for quantizer in vqrae.QUANTIZERS:
         model, images = small_model(quantizer=quantizer, q=8), torch.rand(2, 3, 16, 16)

@@ -172,12 +172,11 @@ def train_discriminator(run, config):
     return discriminator
 
 
-def model_of_init(run, config):
-    """The tokenizer in --init, from which a run goes on with new optimizers; what it is made of is no setting then."""
-    model = load_tokenizer(run.args.init)
-    for name in asdict(config).keys() & set(FIXED_BY_INIT["1"]):
-        setattr(config, name, getattr(model.config, name, None))
-    config.encoder = None  # no folder is read, and what the encoder is stands in `run.fixed`
+def model_of_init(run, config, load=load_tokenizer):
+    """What `load` finds in --init, to go on with new optimizers; what it is made of is no setting then, but told."""
+    model = load(run.args.init)
+    for name in asdict(config).keys() & {*FIXED_BY_INIT[run.args.stage]}:
+        setattr(config, name, getattr(getattr(model, "lm", model).config, name, getattr(model.config, name, None)))
     return model
 
 
@@ -251,7 +250,7 @@ def stage_ar(run, config):
     torch.manual_seed(run.args.seed)  # again: reading images has drawn from it, reading cached codes has not
     tokens = codes["train"].shape[1]
     if run.args.init:
-        model = load_language_model(run.args.init)
+        model = model_of_init(run, config, load_language_model)
         if not writes_codes_of(model, tokenizer) or model.config.image_tokens != tokens:
             raise InputError(f"the model in {run.args.init} was trained with other codes than {config.tokenizer} has")
     else:
@@ -313,9 +312,8 @@ def codes_and_records(run, config, tokenizer):
 
 def stage_caption(run, config):
     """Stage caption, Section 3.4: a transformer learns to write captions of a frozen encoder's features."""
-    before = vqrae.Captioner.from_pretrained(run.args.init) if run.args.init else None
+    before = model_of_init(run, config, vqrae.Captioner.from_pretrained) if run.args.init else None
     encoder = before.encoder if before else vqrae.load_encoder(config.encoder)
-    config.image_size = before.config.image_size if before else config.image_size
     if config.image_size % encoder.config.patch_size:
         raise InputError(f"--image-size {config.image_size} is not a multiple of the encoder's patches of "
                          f"{encoder.config.patch_size} pixels")

@@ -504,7 +504,7 @@ class VQRAE(nn.Module, HubModel):
         features = self.encoder(images)  # Z_I (B, N, d)
         z = self.project_features(features)  # Z^_c (B, N, e)
         z_q, indices, codebook_loss, commitment_loss = self.quantizer(z)  # Z_q (B, N, e), (B, N)
-        bottleneck = self.project_out(z_q.to(features))  # Z_bot (B, N, d)
+        bottleneck = self.project_out(z_q.to(self.project_out.weight.dtype))  # Z_bot (B, N, d)
         reconstruction = self.decoder(bottleneck, *self.grid(images))  # X' (B, 3, H*q/p, W*q/p)
         return Output(reconstruction, features, indices, codebook_loss, commitment_loss, z, z_q)
 
@@ -525,7 +525,7 @@ class VQRAE(nn.Module, HubModel):
         if isinstance(self.quantizer, NoQuantizer):
             raise InputError("this model has no codebook, so there are no codes to decode")
         z_q = self.quantizer.lookup(check_codes(indices, *self.quantizer.sizes()))  # (B, N, e)
-        bottleneck = self.project_out(z_q)  # (B, N, d)
+        bottleneck = self.project_out(z_q.to(self.project_out.weight.dtype))  # (B, N, d)
         return self.decoder(bottleneck, *rows_and_columns(indices.shape[1], rows)).float().clamp(0, 1)
 
     @torch.no_grad()
@@ -593,7 +593,7 @@ class VQRAE(nn.Module, HubModel):
 
 
 def unit(features, dim):
-    """Features scaled to length 1 along `dim`; the epsilon under the root keeps the gradient finite at zero."""
+    """Features scaled to length 1 along `dim`. LPIPS has its eps behind the root, whose gradient at 0 is infinite."""
     return features * (features.pow(2).sum(dim, keepdim=True) + 1e-8).rsqrt()
 
 

@@ -263,7 +263,8 @@ def evaluate(model, images, batch_size=64, device="cpu", workers=0, frechet_enco
     counts = torch.zeros(model.config.codebook_size, dtype=torch.int64)
     for x in images.views(batch_size, device, workers):
         out = model(x if model_size is None else resize_to(x, x.new_empty(model_size, model_size)))
-        y = eight_bits(out.reconstruction if model_size is None else resize_to(out.reconstruction.clamp(0, 1), x))
+        y = out.reconstruction.float()
+        y = eight_bits(y if model_size is None else resize_to(y.clamp(0, 1), x))
         x = resize_to(x, y)
         scores["psnr"].append(psnr(x, y).cpu())
         scores["ssim"].append(ssim(x, y).cpu())

@@ -126,8 +126,9 @@ class Run:
 
     def read_images(self, size):
         """Both splits of --data as images of `size` pixels; InputError when --out would write over what is read."""
+        # Without the encoder that --init brings along.
         out, named = self.args.out, {name: getattr(self.config, name, None) for name in self.FOLDERS}
-        folders = {name: value for name, value in named.items() if isinstance(value, str)}  # an --init has no other
+        folders = {name: value for name, value in named.items() if isinstance(value, str)}
         for place in (out, out / "vqrae"):
             keep_apart(place, init=self.args.init, **folders)
         where, how = self.config.data, (size, self.args.stream, self.args.columns)

@@ -1,5 +1,6 @@
 """Measures of pixels, of the use of a codebook, and of what features understand, each against a reference."""
 
+import copy
 import shutil
 from dataclasses import replace
 
@@ -493,3 +494,16 @@ def test_a_caption_that_looks_like_a_control_token_can_be_told_right(photo_folde
     assert caption_accuracy(model, images) == {"exact": 0.5, "category": 0.5}
     monkeypatch.setattr(model, "caption", lambda batch: ["class1"] * len(batch))
     assert caption_accuracy(model, images) == {"exact": 0.0, "category": 0.0}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_models_in_other_precisions_are_measured_like_others(dtype, photo_folder):
+    images, model = ImageSet(photo_folder, "all", 16), small_model()
+    fit_reading(model, images)
+    expected, other = evaluate(model, images), copy.deepcopy(model).to(dtype)
+    assert evaluate(other, images, frechet_encoder=other.encoder)["psnr"] == pytest.approx(expected["psnr"], rel=0.01)
+    cosines = [understanding(one, one.encoder, images, images)["discrete"]["cosine"] for one in (model, other)]
+    assert cosines[1] == pytest.approx(cosines[0], abs=0.05)
+    usage(other, images), clusters(other, images, 2), fit_reading(other, images)
+    captioner = small_captioner().to(dtype)
+    assert 0 < loss_on_captions(captioner, images) and 0 <= caption_accuracy(captioner, images)["exact"] <= 1

@@ -130,6 +130,14 @@ def begun_from(finished, stage, name, *more):
     return [*runs[stage][:-2], "--init", str(folder / name), *more, *runs[stage][-2:]]
 
 
+def begin(arguments):
+    """Leave a checkpoint as of a run that was stopped before its first step; its model."""
+    run, prepared = make_run(arguments)
+    run.begin(prepared)
+    run.save()
+    return run.model
+
+
 KINDS = [("1", "vqrae"), ("1", "unitok"), ("1", "tower"), ("2", "vqrae"), ("2", "tower"), ("ar", "ar"),
          ("caption", "caption")]
 
@@ -165,9 +173,7 @@ def test_a_finished_run_goes_on_for_longer(finished):
 def test_a_run_is_resumed_with_the_init_that_it_began_with_and_no_other(stage, name, finished):
     folder, runs = finished
     begun = begun_from(finished, stage, name)
-    run, prepared = make_run(begun)
-    run.begin(prepared)
-    run.save()
+    begin(begun)
     maker = {"1": lambda: small_model(5, codebook_size=32, codebook_dim=8), "ar": lambda: text_lm(
         5, codebook_size=32, image_tokens=16), "caption": lambda: small_captioner(5)}[stage]
     maker().save_pretrained(folder / "other")
@@ -180,14 +186,21 @@ def test_a_run_is_resumed_with_the_init_that_it_began_with_and_no_other(stage, n
     train.main([*moved, "--resume"])
 
 
-def test_a_run_that_began_with_an_init_is_not_resumed_without(finished, encoder_folder):
+def test_a_run_that_began_with_an_init_is_not_resumed_without(ar_run, finished):
     folder, runs = finished
-    run, prepared = make_run(begun_from(finished, "1", "vqrae"))
-    run.begin(prepared)
-    run.save()
-    same = ["--encoder", str(encoder_folder), "--image-size", "16", "--codebook-size", "32", "--codebook-dim", "8"]
-    with pytest.raises(SystemExit, match="--resume continues a run with its own settings"):
-        train.main([*runs["1"], *same, "--resume"])
+    begin(ar_run[:-1] + [str(folder / "first")]).save_pretrained(folder / "first")
+    begin(begun_from(finished, "ar", "first"))
+    with pytest.raises(SystemExit, match="with its own settings: model of --init .SHA-256. is '.*' in .*, not None"):
+        train.main(ar_run[:-1] + [runs["ar"][-1], "--resume"])
+
+
+@pytest.mark.parametrize("stage, name", KINDS)
+def test_the_settings_of_a_run_that_goes_on_are_those_of_its_model(stage, name, finished):
+    run, _ = make_run(begun_from(finished, stage, name))
+    sizes = getattr(run.model, "lm", run.model).config
+    told = {key: value for key, value in run.settings().items() if hasattr(sizes, key) and key != "encoder"}
+    assert told == {key: getattr(sizes, key) for key in told} and len(told) >= 4
+    assert run.config.image_size == 16 if hasattr(run.config, "image_size") else stage == "ar"
 
 
 FIXED = [(stage, name, flag, value) for stage, name, flags in (
