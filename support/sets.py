@@ -70,12 +70,12 @@ def datasets_for(data):
     """
     try:
         import datasets.distributed
-    except ImportError:
-        raise InputError(f"{data} needs a package more: pip install datasets") from None
-    try:
+
         yield datasets
     except InputError:
         raise
+    except ImportError as error:
+        raise InputError(f"{data} needs packages more ({error}): pip install datasets, for URLs aiohttp too") from None
     except Exception as error:
         cause = error.__cause__ or error
         reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
