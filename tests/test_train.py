@@ -41,7 +41,7 @@ def test_stage_1_leaves_the_encoder_and_the_codebook_bit_identical(short_run, en
             assert not torch.equal(parameter, moving[name]), f"{name} did not train"
 
 
-def test_a_step_of_stage_1_passes_through_two_definitions_from_the_loop_to_the_loss(short_run, monkeypatch):
+def test_a_step_of_stage_1_goes_from_the_loop_through_the_step_and_what_ranks_share_to_the_loss(short_run, monkeypatch):
     real, ways = vqrae.stage1_loss, []
 
     def loss(*arguments):
@@ -50,7 +50,7 @@ def test_a_step_of_stage_1_passes_through_two_definitions_from_the_loop_to_the_l
 
     monkeypatch.setattr(vqrae, "stage1_loss", loss)
     train.main(short_run)
-    assert len(ways) == 6 and all(way[:3] == ["step", "train", "main"] for way in ways)
+    assert len(ways) == 6 and all(way[:4] == ["losses", "step", "train", "main"] for way in ways)
 
 
 @pytest.mark.parametrize("quantizer, init", [("vq", "data"), ("vq", "gaussian"), ("simvq", "gaussian"),
