@@ -73,20 +73,20 @@ def stage_1(run, config):
     model = model or new_tokenizer(config, train_images)
     check_supervision(model, config)
     start = run.share_start if run.args.init else functools.partial(start_tokenizer, run, config)
-    if config.encoder_learning_rate > 0 or config.adversarial_weight > 0:  # Table 6: all of it from step 0 on
+    if config.encoder_learning_rate > 0 or config.adversarial_weight > 0:  # Table 6's one stage: all from step 0 on
         return train_everything(run, config, model, val_images, start)
     model.encoder.requires_grad_(False)
     model.to(run.device)
     perceptual = perceptual_loss(config.perceptual, model.encoder, run.device)
-    run.train(model, make_optimizers(model, config, config.learning_rate, run.bf16))
-    forward, captioned = run.compiled(model), isinstance(config, StageOneConfig)  # a second supervision
+    run.train(model, make_optimizers(model, config, config.learning_rate, run.bf16))  # takes both; `step` trains
+    forward, further = run.compiled(model), isinstance(config, StageOneConfig)  # losses that a plain VQRAE has not
 
     def losses(images, places, generator):
         with run.autocast():
             out = forward(images)  # X' (B, 3, H*q/p, W*q/p), Z_I (B, N, d), indices (B, N) and L_quant
             loss, terms = vqrae.stage1_loss(images, out, perceptual, config.perceptual_weight, config.quantizer_weight,
                                             generator)  # Eq. 4
-            if captioned:
+            if further:
                 loss, terms = model.supervise(loss, terms, out, config, train_images, places)
         return loss, terms, out
 
@@ -95,12 +95,12 @@ def stage_1(run, config):
     def step(batch):
         batch, places = batch
         generator = run.generator()
-        for part in run.parts(len(batch)):
+        for part in run.parts(len(batch)):  # gradients start at zero; more than one part with --accumulate
             images = batch[part].to(run.device).float() / 255  # (B, 3, H, W) in [0, 1]
             loss, terms, out = losses(images, places[part], generator)
             run.backward(loss, terms)
             note_reconstruction(run, model, images, out)
-        run.update()
+        run.update()  # clips gradients, steps the optimizers, moves the average of the weights
 
     return tokenizer_stage(run, config, model.encoder, val_images, step, start)
 
@@ -121,9 +121,9 @@ def train_everything(run, config, model, val_images, *further, **options):
     model.encoder.requires_grad_(config.encoder_learning_rate > 0)
     model.to(run.device)
     perceptual = perceptual_loss(config.perceptual, teacher, run.device)
-    run.train(model, make_optimizers(model, config, config.learning_rate, run.bf16))
+    run.train(model, make_optimizers(model, config, config.learning_rate, run.bf16))  # takes both; `step` trains
     discriminator = train_discriminator(run, config) if config.adversarial_weight > 0 else None
-    forward, captioned = run.compiled(model), isinstance(config, StageOneConfig)  # a second supervision
+    forward, further = run.compiled(model), isinstance(config, StageOneConfig)  # losses that a plain VQRAE has not
 
     def losses(images, places, generator, judge):
         with run.autocast():
@@ -133,7 +133,7 @@ def train_everything(run, config, model, val_images, *further, **options):
             loss, terms = vqrae.stage2_loss(
                 images, out, perceptual, config.perceptual_weight, config.quantizer_weight, generator, teacher_features,
                 config.distillation_weight, judge, config.adversarial_weight)  # Eq. 6
-            if captioned:
+            if further:
                 loss, terms = model.supervise(loss, terms, out, config, run.train_images, places)
         return loss, terms, out
 
@@ -173,7 +173,7 @@ def train_discriminator(run, config):
 
 
 def model_of_init(run, config, load=load_tokenizer):
-    """What `load` finds in --init, to go on with new optimizers; what it is made of is no setting then, but told."""
+    """The model in --init, to be trained on with new optimizers; the settings that it fixes are read off it."""
     model = load(run.args.init)
     for name in asdict(config).keys() & {*FIXED_BY_INIT[run.args.stage]}:
         setattr(config, name, getattr(getattr(model, "lm", model).config, name, getattr(model.config, name, None)))
@@ -258,7 +258,7 @@ def stage_ar(run, config):
     model.to(run.device)
     run.fixed["codes of the images (SHA-256)"] = digest(*codes.values())
     run.fixed["text tokenizer (SHA-256)"] = digest(model.text.to_str().encode())
-    run.train(model, make_optimizers(model, config, config.learning_rate, run.bf16))
+    run.train(model, make_optimizers(model, config, config.learning_rate, run.bf16))  # takes both; `step` trains
     losses = run.shared(model, run.compiled(model.loss))
 
     def batches():  # every rank knows all of a batch, and takes its share when all is drawn
@@ -328,7 +328,7 @@ def stage_caption(run, config):
     model.to(run.device)
     run.fixed["encoder (SHA-256)"] = digest(*encoder.state_dict().values())
     run.fixed["text tokenizer (SHA-256)"] = digest(lm.text.to_str().encode())
-    run.train(model, make_optimizers(model, config, config.learning_rate, run.bf16))
+    run.train(model, make_optimizers(model, config, config.learning_rate, run.bf16))  # takes both; `step` trains
     losses = run.shared(model, run.compiled(model.loss))
 
     def step(batch):

@@ -81,7 +81,7 @@ class ViTConfig:
 def attend(q, k, v, mask=None):
     """softmax(q k^T / sqrt(h)) v: queries (B, heads, n, h) and keys, values (B, kv_heads, m, h) -> (B, heads, n, h).
 
-    With fewer heads of keys than of queries, neighbouring queries share one. mask (B or 1, 1, n, m), added to the
+    With fewer heads of keys than of queries, neighbouring query heads share one. mask (B or 1, 1, n, m), added to the
     scores, is 0 where a query may see a key and -inf elsewhere, see `mask_of`; without it, all see all.
     """
     B, heads, n, h = q.shape
@@ -242,7 +242,7 @@ class VectorQuantizer(nn.Module):
         self.codebook = nn.Parameter(torch.randn(codebook_size, dim) * dim**-0.5)  # the paper's C, (K, e)
 
     def project(self, codes):
-        """Effective codes (n, e) of rows of the codebook (n, e): here, the rows themselves."""
+        """Effective codes (..., e) of rows of the codebook (..., e): here, the rows themselves."""
         return codes
 
     def lookup(self, indices):
@@ -271,7 +271,7 @@ class VectorQuantizer(nn.Module):
         return indices
 
     def sizes(self):
-        """How many codes an index tells apart, and how many codebooks have one at every place (0: the one has it)."""
+        """K, and how many indices a token has, one per codebook; 0 here: a single index, without a dimension for it."""
         return len(self.codebook), 0
 
     def start(self, z, generator):
@@ -316,7 +316,7 @@ class SimVQ(VectorQuantizer):
         self.W = nn.Linear(dim, dim)  # the bias is the authors' code's; Eq. 1 writes the matrix alone
 
     def project(self, codes):
-        return self.W(codes)  # (n, e)
+        return self.W(codes)  # (..., e)
 
 
 class NoQuantizer(nn.Module):
@@ -343,7 +343,7 @@ def start_codebook(quantizer, z, steps=6, generator=None):
         nn.init.eye_(quantizer.W.weight)
         nn.init.zeros_(quantizer.W.bias)
     quantizer.codebook.copy_(z[torch.randperm(len(z), generator=generator)[:K].to(z.device)])
-    for step in range(steps + 10):
+    for step in range(steps + 10):  # `steps` rounds, and up to 10 more while a code has too few tokens
         indices = quantizer.search(z)  # (n,)
         counts = torch.bincount(indices, minlength=K)  # (K,)
         few = 0.25 * len(z) / K
@@ -413,7 +413,7 @@ class Decoder(nn.Module):
 
 @dataclass
 class VQRAEConfig:
-    """Everything that fixes the shapes of a VQRAE; `config.json` of a saved model holds just this."""
+    """Everything that a VQRAE is built from; `config.json` of a saved model holds just this."""
 
     encoder: ViTConfig
     image_size: int  # side of the images it was trained on
@@ -533,8 +533,8 @@ class VQRAE(nn.Module, HubModel):
         """Before the first step: fit standardisation, projections and codebook to training tokens (not in the paper).
 
         features (n, d) and patches (n, 3*p*p), the pixels of the same tokens. projection_init: "pixels", see
-        `start_projections`; "features", the same with every direction at full scale; or "random", torch's own.
-        codebook_init: "data", see `start_codebook`; or "gaussian", as it was made.
+        `start_projections`; "features", the same at full scale in every direction, on random orthogonal axes; or
+        "random", torch's own. codebook_init: "data", see `start_codebook`; or "gaussian", as it was made.
         """
         self.feature_mean.copy_(features.mean(0))
         self.feature_std.copy_(features.std(0) + 1e-6)
@@ -593,7 +593,7 @@ class VQRAE(nn.Module, HubModel):
 
 
 def unit(features, dim):
-    """Features scaled to length 1 along `dim`. LPIPS has its eps behind the root, whose gradient at 0 is infinite."""
+    """Features scaled to length 1 along `dim`. LPIPS adds its eps outside the root, whose gradient at 0 is infinite."""
     return features * (features.pow(2).sum(dim, keepdim=True) + 1e-8).rsqrt()
 
 
@@ -613,7 +613,7 @@ class VFMPerceptual(nn.Module):
 
     def forward(self, x, y, generator=None):
         """Originals x, reconstructions y (B, 3, H, W) in [0, 1] -> scalar; `generator` draws the offset."""
-        p, window = self.encoder.config.patch_size, [...]
+        p, window = self.encoder.config.patch_size, [...]  # batch and channels whole; then rows and columns
         for size in x.shape[-2:]:
             side = (size // p - 1) * p  # one patch less, so that the window has room to move by a whole one
             start = int(torch.randint(size - side + 1, (), generator=generator))
@@ -767,7 +767,7 @@ def stage2_loss(images, out, perceptual, perceptual_weight=1.1, quantizer_weight
     """Eq. 6, L_stage2 = l2 + 1.1 L_P + 0.1 L_G + L_quant + L_distill, and its terms as a dict of scalars.
 
     Stage 1's loss plus what is given: `teacher_features` for the distillation, and once its time has come the
-    `discriminator`, whose verdict on the reconstruction is L_G = -mean D(X').
+    `discriminator`: L_G is minus its mean logit on X'.
     """
     loss, terms = stage1_loss(images, out, perceptual, perceptual_weight, quantizer_weight, generator)
     if teacher_features is not None:
@@ -864,7 +864,7 @@ class CausalAttention(nn.Module):
         """x (B, n, d) -> (B, n, d). turn: see `rotate`; mask: see `attend`; layer: which part of the cache is ours."""
         B, n, _ = x.shape
         h = self.config.head_width
-        q, k, v = (layer(x).view(B, n, -1, h) for layer in (self.q, self.k, self.v))  # each (B, n, its heads, h)
+        q, k, v = (linear(x).view(B, n, -1, h) for linear in (self.q, self.k, self.v))  # each (B, n, its heads, h)
         q = rotate(self.q_norm(q).transpose(1, 2), turn)  # (B, heads, n, h)
         k = rotate(self.k_norm(k).transpose(1, 2), turn)  # (B, kv_heads, n, h)
         v = v.transpose(1, 2)  # (B, kv_heads, n, h)
@@ -1057,7 +1057,7 @@ class CaptionerConfig:
 
     def __post_init__(self):
         check_fields(self, ("image_size",))
-        replace(self.lm, image_tokens=(self.image_size // self.encoder.patch_size) ** 2)  # InputError for no room
+        replace(self.lm, image_tokens=(self.image_size // self.encoder.patch_size) ** 2)  # checks that an image fits
 
 
 class Captioner(nn.Module, HubModel):
