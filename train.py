@@ -79,14 +79,14 @@ def stage_1(run, config):
     model.to(run.device)
     perceptual = perceptual_loss(config.perceptual, model.encoder, run.device)
     run.train(model, make_optimizers(model, config, config.learning_rate, run.bf16))  # takes both; `step` trains
-    forward, further = run.compiled(model), isinstance(config, StageOneConfig)  # losses that a plain VQRAE has not
+    forward, extended = run.compiled(model), isinstance(config, StageOneConfig)  # losses that a plain VQRAE has not
 
     def losses(images, places, generator):
         with run.autocast():
             out = forward(images)  # X' (B, 3, H*q/p, W*q/p), Z_I (B, N, d), indices (B, N) and L_quant
             loss, terms = vqrae.stage1_loss(images, out, perceptual, config.perceptual_weight, config.quantizer_weight,
                                             generator)  # Eq. 4
-            if further:
+            if extended:
                 loss, terms = model.supervise(loss, terms, out, config, train_images, places)
         return loss, terms, out
 
@@ -123,7 +123,7 @@ def train_everything(run, config, model, val_images, *further, **options):
     perceptual = perceptual_loss(config.perceptual, teacher, run.device)
     run.train(model, make_optimizers(model, config, config.learning_rate, run.bf16))  # takes both; `step` trains
     discriminator = train_discriminator(run, config) if config.adversarial_weight > 0 else None
-    forward, further = run.compiled(model), isinstance(config, StageOneConfig)  # losses that a plain VQRAE has not
+    forward, extended = run.compiled(model), isinstance(config, StageOneConfig)  # losses that a plain VQRAE has not
 
     def losses(images, places, generator, judge):
         with run.autocast():
@@ -133,7 +133,7 @@ def train_everything(run, config, model, val_images, *further, **options):
             loss, terms = vqrae.stage2_loss(
                 images, out, perceptual, config.perceptual_weight, config.quantizer_weight, generator, teacher_features,
                 config.distillation_weight, judge, config.adversarial_weight)  # Eq. 6
-            if further:
+            if extended:
                 loss, terms = model.supervise(loss, terms, out, config, run.train_images, places)
         return loss, terms, out
 
