@@ -258,6 +258,9 @@ def evaluate_tokenizer(args, device):
         teacher.config = model.encoder.config  # read where the model reads, behind the last norm or before it
         result["understanding"] = metrics.understanding(model, teacher, train_images, images, args.batch_size, device)
         print_table("features", result["understanding"], 12, 24)
+        for name in ("drift_before_norm", "drift_behind_norm"):  # of the continuous features alone
+            if result["understanding"]:
+                print(f"{name:32} {result['understanding']['continuous'][name]:.4f}")
         if getattr(model, "tower", None) is not None:
             result["zero_shot"] = zero_shot(model, train_images.records, images, args.batch_size, device)
             print(f"{'zero_shot':32} {result['zero_shot']:.4f}")
