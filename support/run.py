@@ -8,12 +8,11 @@ What is trained, and how a step goes, is the driver's, which reads its batches f
         for part in run.parts(len(batch)):  # --accumulate
             loss, terms = ...
             run.backward(loss, terms)
-        run.update()                       # average over ranks, clip, check, learning rates, step, average of weights
+        run.update()                       # clip, check, learning rates, step, average of weights
     run.finish(stage)
 """
 
 import copy
-import hashlib
 import json
 import math
 import os
@@ -126,9 +125,8 @@ class Run:
 
     def read_images(self, size):
         """Both splits of --data as images of `size` pixels; InputError when --out would write over what is read."""
-        # Without the encoder that --init brings along.
         out, named = self.args.out, {name: getattr(self.config, name, None) for name in self.FOLDERS}
-        folders = {name: value for name, value in named.items() if isinstance(value, str)}
+        folders = {name: value for name, value in named.items() if isinstance(value, str)}  # what --init brings is none
         for place in (out, out / "vqrae"):
             keep_apart(place, init=self.args.init, **folders)
         where, how = self.config.data, (size, self.args.stream, self.args.columns)
@@ -138,8 +136,7 @@ class Run:
         workers = 0 if self.train_images.from_sheets else min(4, os.cpu_count() or 1)
         self.workers = workers if self.args.workers is None else self.args.workers
         self.fixed["training images"] = len(self.train_images)
-        names = hashlib.sha256(self.train_images.names())
-        self.fixed["names of the training images (SHA-256)"] = names.hexdigest()
+        self.fixed["names of the training images (SHA-256)"] = digest(self.train_images.names())
         return self.train_images, val_images
 
     def batches(self, with_places=False):
@@ -175,7 +172,9 @@ class Run:
         """
         if self.ranks == 1:
             return losses
-        self.exchanges.append(DistributedDataParallel(Losses(module, losses), broadcast_buffers=False))
+        # Not all has a gradient in every run: a text tower without captions, a last norm that nobody reads behind.
+        self.exchanges.append(DistributedDataParallel(Losses(module, losses), broadcast_buffers=False,
+                                                      find_unused_parameters=True))
         return self.exchanges[-1]
 
     # --- ranks ---

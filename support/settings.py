@@ -127,4 +127,4 @@ def fill_in(args, used, what):
         if getattr(args, name) is None:
             setattr(args, name, default)
         elif name not in used:
-            raise InputError(f"--{name.replace('_', '-')} is not for {what}")
+            raise InputError(f"{flag(name)} is not for {what}")

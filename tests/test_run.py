@@ -358,6 +358,9 @@ def test_two_ranks_log_what_one_process_logs(short_run, second_stage, ar_run, ca
         shutil.copytree(photo_folder / name, tmp_path / "photos" / new)
     # Captions of different lengths, since their loss is a mean over tokens.
     runs = {"1": short_run, "2": second_stage, "ar": ar_run, "caption": caption_run + ["--data", tmp_path / "photos"]}
+    # Not all of these has a gradient: the encoder's last norm, which Z_I is before.
+    runs["before-norm"] = short_run + ["--features", "before_norm", "--encoder-learning-rate", "1e-3",
+                                       "--distillation-weight", "1"]
     runs |= {f"{stage}-in-parts": arguments + ["--accumulate", "2"] for stage, arguments in runs.items()}
     runs = {stage: [str(word) for word in arguments] + ["--precision", "fp32", "--out"]
             for stage, arguments in runs.items()}
