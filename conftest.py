@@ -1,5 +1,6 @@
 """What test files share: small models, folders of pictures, short training runs."""
 
+import copy
 import importlib.util
 import io
 import json
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 import tokenizers
 import torch
+import torch.nn.functional as F
 from hypothesis import settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms
@@ -479,6 +481,86 @@ def wait_for_ranks(launcher, limit):
         launcher.wait()
         raise
     return subprocess.CompletedProcess(launcher.args, launcher.returncode, stdout, stderr)
+
+
+@torch.no_grad()
+def started_model(model, images):
+    """A model whose projections and codes have started from the tokens of images, so that its codes differ."""
+    patches = F.unfold(images, 4, stride=4).transpose(1, 2).flatten(0, 1)
+    model.start(model.encoder(images).flatten(0, 1), patches, generator=torch.Generator().manual_seed(0))
+    model.reading.normal_(std=0.1)
+    return model
+
+
+@torch.no_grad()
+def assert_paints_nearly_alike(model, dtype, alike, close):
+    """A model in another precision chooses a share `alike` of the same codes, and paints to within `close`."""
+    images = torch.rand(16, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    model = started_model(model, images)
+    other, out = copy.deepcopy(model).to(dtype), model(images)
+    for seen in (images, images.to(dtype)):
+        found = other(seen)
+        assert found.features.dtype == dtype and found.z.dtype == torch.float32  # what the search compares
+        if out.indices is None:
+            torch.testing.assert_close(found.reconstruction.float(), out.reconstruction, rtol=0, atol=close)
+            continue
+        assert torch.equal(other.encode(seen)[1], found.indices)
+        assert (found.indices == out.indices).float().mean() >= alike
+        torch.testing.assert_close(other.decode(out.indices), model.decode(out.indices), rtol=0, atol=close)
+        torch.testing.assert_close(other.decode(found.indices), found.reconstruction.float().clamp(0, 1), rtol=0,
+                                   atol=close)
+        torch.testing.assert_close(other.features_of(out.z_q).float(), model.features_of(out.z_q), rtol=0, atol=close)
+
+
+def several_runs(path, before_last=""):
+    """Write a script that trains one run after the other in one process group, all of argv[1], a JSON list of lists.
+
+    A rank that is not the first ends its process with a run; here not before the last of them, before which comes a
+    line of code more.
+    """
+    path.write_text(f"""
+import json, os, sys
+sys.path.insert(0, {str(ROOT)!r})
+import torch
+import torch.nn.functional as F
+import support.run
+import train
+import vqrae
+
+class Left(Exception):
+    pass
+
+def leave(code):
+    raise Left
+
+def infinite_on_one_rank(*arguments):
+    loss, terms = real(*arguments)
+    steps.append(1)
+    return loss + (torch.inf if os.environ["RANK"] == "1" and len(steps) == 3 else 0), terms  # with finite gradients
+
+runs, leave_ranks, real, steps = json.loads(sys.argv[1]), support.run.leave_ranks, vqrae.stage1_loss, []
+with support.run.one_sentence_errors(), support.run.process_group("cpu"):
+    for arguments in runs:
+        support.run.leave_ranks = leave_ranks if arguments is runs[-1] else leave
+        if arguments is runs[-1]:
+            {before_last or "pass"}
+        args = train.parse_args(arguments)
+        try:
+            train.train(args, train.settings_for(args, args.stage))
+        except Left:
+            pass
+""")
+    return path
+
+
+def assert_same_log(one, two):
+    """The log lines of two runs, in their folders, have the same figures, up to the order of sums."""
+    one, two = log_of(one), log_of(two)
+    assert len(one) == len(two) == 3
+    for a, b in zip(one, two):
+        assert a.keys() == b.keys()
+        for name in a:
+            assert b[name] == pytest.approx(a[name], rel=1e-4 if "perplexity" in name else 1e-5, abs=1e-5), name
 
 
 def torchrun(*arguments, ranks=2, limit=240):

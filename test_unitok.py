@@ -17,7 +17,8 @@ import sample
 import train
 import unitok
 import vqrae
-from conftest import assert_resume_is_exact, make_run, seeds, small_vit, take_steps, text_lm
+from conftest import (assert_paints_nearly_alike, assert_resume_is_exact, make_run, seeds, small_vit, take_steps,
+                      text_lm)
 from support.files import InputError
 from support.images import ImageSet
 from support.metrics import fit_reading
@@ -329,27 +330,11 @@ CHOICES = [{}, {"quantizer": "mcq-simvq"}, {"quantizer": "rq"}, {"projection": "
            {"quantizer": "none", "codebooks": 1, "latent_noise": 0.8}]
 
 
-@torch.no_grad()
 @pytest.mark.parametrize("dtype, alike, close", [(torch.float64, 1.0, 1e-5), (torch.float16, 0.95, 0.02),
                                                  (torch.bfloat16, 0.8, 0.05)])
 @pytest.mark.parametrize("changes", CHOICES, ids=str)
 def test_a_model_in_another_precision_encodes_decodes_and_paints_nearly_alike(changes, dtype, alike, close):
-    images = torch.rand(16, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    model = small_unitok(**changes)
-    patches = F.unfold(images, 4, stride=4).transpose(1, 2).flatten(0, 1)
-    model.start(model.encoder(images).flatten(0, 1), patches, generator=torch.Generator().manual_seed(0))
-    other, out = copy.deepcopy(model).to(dtype), model(images)
-    for seen in (images, images.to(dtype)):
-        found = other(seen)
-        assert found.features.dtype == dtype and found.z.dtype == torch.float32
-        if out.indices is None:
-            torch.testing.assert_close(found.reconstruction.float(), out.reconstruction, rtol=0, atol=close)
-            continue
-        assert torch.equal(other.encode(seen)[1], found.indices)
-        assert (found.indices == out.indices).float().mean() >= alike
-        torch.testing.assert_close(other.decode(out.indices), model.decode(out.indices), rtol=0, atol=close)
-        torch.testing.assert_close(other.decode(found.indices), found.reconstruction.float().clamp(0, 1), rtol=0,
-                                   atol=close)
+    assert_paints_nearly_alike(small_unitok(**changes), dtype, alike, close)
 
 
 @pytest.mark.parametrize("changes", CHOICES, ids=str)

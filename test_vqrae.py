@@ -21,8 +21,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import vqrae
-from conftest import (ROOT, SIZES, edit, family_twin, normalise, seeds, small_captioner, small_lm, small_model,
-                      small_vit, text_lm)
+from conftest import (ROOT, SIZES, assert_paints_nearly_alike, edit, family_twin, normalise, seeds, small_captioner,
+                      small_lm, small_model, small_vit, started_model, text_lm)
 from export import save_encoder
 from presets import PRESETS
 from support.files import InputError
@@ -697,35 +697,10 @@ def test_a_folder_saved_before_there_was_a_reading_is_loaded_as_the_same_model_w
 PRECISIONS = [(torch.float64, 1.0, 1e-5), (torch.float16, 0.97, 0.01), (torch.bfloat16, 0.85, 0.05)]
 
 
-@torch.no_grad()
-def started_model(model, images):
-    """A model whose projections and codes have started from the tokens of images, so that its codes differ."""
-    features = model.encoder(images).flatten(0, 1)
-    patches = F.unfold(images, 4, stride=4).transpose(1, 2).flatten(0, 1)
-    model.start(features, patches, generator=torch.Generator().manual_seed(0))
-    model.reading.normal_(std=0.1)
-    return model
-
-
-@torch.no_grad()
 @pytest.mark.parametrize("dtype, alike, close", PRECISIONS)
 @pytest.mark.parametrize("quantizer", list(vqrae.QUANTIZERS))
 def test_a_model_in_another_precision_encodes_decodes_and_paints_nearly_alike(quantizer, dtype, alike, close):
-    images = torch.rand(16, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    model = started_model(small_model(quantizer=quantizer), images)
-    other, out = copy.deepcopy(model).to(dtype), model(images)
-    for seen in (images, images.to(dtype)):
-        found = other(seen)
-        assert found.features.dtype == dtype and found.z.dtype == torch.float32  # what the search compares
-        if quantizer == "none":
-            torch.testing.assert_close(found.reconstruction.float(), out.reconstruction, rtol=0, atol=close)
-            continue
-        assert torch.equal(other.encode(seen)[1], found.indices)
-        assert (found.indices == out.indices).float().mean() >= alike
-        torch.testing.assert_close(other.decode(out.indices), model.decode(out.indices), rtol=0, atol=close)
-        torch.testing.assert_close(other.decode(found.indices), found.reconstruction.float().clamp(0, 1), rtol=0,
-                                   atol=close)
-        torch.testing.assert_close(other.features_of(out.z_q).float(), model.features_of(out.z_q), rtol=0, atol=close)
+    assert_paints_nearly_alike(small_model(quantizer=quantizer), dtype, alike, close)
 
 
 @pytest.mark.parametrize("damage, sentence", [

@@ -1,6 +1,5 @@
 """An image set as tokens: features and pixels of some, and codes of all, made once and kept on disk."""
 
-import hashlib
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -9,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from support.files import InputError, read_safetensors, replacing
+from support.files import InputError, digest, read_safetensors, replacing
 
 
 @torch.no_grad()
@@ -48,10 +47,8 @@ def write_codes(path, codes, places):
 
 def codes_digest(model, images):
     """SHA-256 of everything that the codes of an ImageSet depend on: model and images."""
-    digest = hashlib.sha256(json.dumps(asdict(model.config)).encode() + images.fingerprint().encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
+    weights = [piece for name, tensor in sorted(model.state_dict().items()) for piece in (name.encode(), tensor)]
+    return digest(json.dumps(asdict(model.config)).encode(), images.fingerprint().encode(), *weights)
 
 
 @torch.no_grad()

@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 import support.files
 import train
 import vqrae
-from conftest import (ROOT, assert_resume_is_exact, begin, command, launch_ranks, log_of, make_run, small_vit, torchrun,
-                      wait_for_ranks, weights, write_tars)
+from conftest import (ROOT, assert_resume_is_exact, assert_same_log, begin, command, launch_ranks, log_of, make_run,
+                      several_runs, small_vit, torchrun, wait_for_ranks, weights, write_tars)
 from export import save_encoder
 from support.images import ImageSet
 from support.metrics import evaluate, usage
@@ -328,31 +328,6 @@ def test_a_checkpoint_holds_where_each_of_two_ranks_stands_in_a_stream(short_run
 # --- ranks ---
 
 
-ONE_AFTER_THE_OTHER = f"""
-import json, sys
-sys.path.insert(0, {str(ROOT)!r})
-import support.run
-import train
-
-class Left(Exception):
-    pass
-
-def leave(code):
-    raise Left
-
-runs, leave_ranks = json.loads(sys.argv[1]), support.run.leave_ranks
-with support.run.process_group("cpu"):
-    for arguments in runs:
-        # A rank that is not the first ends its process with a run; here not before the last of them.
-        support.run.leave_ranks = leave_ranks if arguments is runs[-1] else leave
-        args = train.parse_args(arguments)
-        try:
-            train.train(args, train.settings_for(args, args.stage))
-        except Left:
-            pass
-"""
-
-
 def test_two_ranks_log_what_one_process_logs(short_run, second_stage, ar_run, caption_run, photo_folder, tmp_path):
     for name, new in (("class0", "one"), ("class1", "quite another class of pictures")):
         shutil.copytree(photo_folder / name, tmp_path / "photos" / new)
@@ -366,18 +341,11 @@ def test_two_ranks_log_what_one_process_logs(short_run, second_stage, ar_run, ca
             for stage, arguments in runs.items()}
     for stage, arguments in runs.items():
         train.main(arguments + [str(tmp_path / "one" / stage)])
-    (tmp_path / "runs.py").write_text(ONE_AFTER_THE_OTHER)
-    result = torchrun(tmp_path / "runs.py", json.dumps([arguments + [str(tmp_path / "ranks" / stage)]
-                                                        for stage, arguments in runs.items()]))
+    result = torchrun(several_runs(tmp_path / "runs.py"), json.dumps([arguments + [str(tmp_path / "ranks" / stage)]
+                                                                      for stage, arguments in runs.items()]))
     assert result.returncode == 0, result.stderr
     for stage in runs:
-        one, two = log_of(tmp_path / "one" / stage), log_of(tmp_path / "ranks" / stage)
-        assert len(one) == len(two) == 3
-        for a, b in zip(one, two):
-            assert a.keys() == b.keys()
-            for name in a:
-                rel = 1e-4 if "perplexity" in name else 1e-5
-                assert b[name] == pytest.approx(a[name], rel=rel, abs=1e-5), (stage, name)
+        assert_same_log(tmp_path / "one" / stage, tmp_path / "ranks" / stage)
 
 
 def patched_update(before, after):
