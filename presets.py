@@ -39,6 +39,8 @@ class TrainingConfig(CommonConfig):
     features: str = setting("model", "Z_I, behind the encoder's last norm or before it, where LLaVA reads",
                             choices=["behind_norm", "before_norm"])
     output_patch_size: int | None = setting("model", "q, side of a token's output (default: p)", most=1024)
+    output_overlap: int = setting("model", "pixels that a token paints beyond its patch on every side, blended; paper: "
+                                  "0", zero=True, most=512)
     quantizer: str = setting("model", "simvq: the paper's; vq: plain; none: continuous", choices=list(QUANTIZERS))
     codebook_size: int = setting("model", "number of codes, K")
     codebook_dim: int = setting("model", "width of a code, e")
@@ -96,8 +98,8 @@ class CaptionConfig(LanguageConfig):
 # Settings that a Qwen3 checkpoint brings with it, and settings that stage 2 takes over from the model of stage 1.
 FIXED_BY_QWEN3 = ("text_vocabulary", "width", "depth", "heads", "kv_heads", "head_width", "mlp_width")
 
-FIXED_BY_STAGE_1 = ("encoder", "image_size", "features", "output_patch_size", "quantizer", "codebook_size",
-                    "codebook_dim", "beta_side", "codebook_init", "start_tokens", "projection_init")
+FIXED_BY_STAGE_1 = ("encoder", "image_size", "features", "output_patch_size", "output_overlap", "quantizer",
+                    "codebook_size", "codebook_dim", "beta_side", "codebook_init", "start_tokens", "projection_init")
 
 TINY = TrainingConfig(
     data=str(ROOT / "data/emoji"),
@@ -105,6 +107,7 @@ TINY = TrainingConfig(
     image_size=64,
     features="behind_norm",
     output_patch_size=None,
+    output_overlap=2,
     quantizer="simvq",
     codebook_size=4096,
     codebook_dim=256,
@@ -144,6 +147,7 @@ PAPER_1 = replace(
     data=str(ROOT / "data/photos"),
     encoder="google/siglip2-so400m-patch16-256",
     image_size=256,
+    output_overlap=0,
     codebook_size=16384,
     codebook_dim=1536,
     start_tokens=65536,

@@ -7,7 +7,9 @@ transformers, scikit-image, scipy, or the lpips package, on random weights; noth
 """
 
 import copy
+import itertools
 import json
+import math
 import os
 import shutil
 from dataclasses import replace
@@ -544,6 +546,42 @@ def test_every_token_writes_its_own_square_of_pixels():
     expected = torch.zeros(10, 15, dtype=torch.bool)
     expected[5:10, 5:10] = True  # token 4 of a grid of 2 x 3: second row, second column
     assert torch.equal(changed, expected)
+
+
+@given(seeds, st.sampled_from([(4, 1), (4, 2), (5, 2), (8, 2), (3, 0)]), st.integers(1, 3), st.integers(1, 3))
+def test_overlapping_patches_are_means_of_what_neighbours_paint_weighted_by_their_distance_to_the_edge(seed, sizes,
+                                                                                                       rows, columns):
+    torch.manual_seed(seed)
+    q, m = sizes
+    decoder, x = vqrae.Decoder(small_vit(), q, m), torch.randn(2, rows * columns, 24)
+    decoder.blocks = torch.nn.ModuleList()
+    side, painted, weights = q + 2 * m, np.zeros((2, 3, rows * q, columns * q)), np.zeros((rows * q, columns * q))
+    with torch.no_grad():
+        tokens = decoder.head(decoder.norm(x + vqrae.sincos_positions(rows, columns, 24))).double().numpy()
+    for token in range(rows * columns):
+        top, left = token // columns * q - m, token % columns * q - m
+        for i, j in itertools.product(range(side), range(side)):
+            if 0 <= top + i < rows * q and 0 <= left + j < columns * q:
+                steps = [min(k + 0.5, side - k - 0.5) for k in (i, j)]  # to the nearer edge of what the token paints
+                weight = math.prod(min(1, step / (2 * m)) for step in steps) if m else 1
+                painted[:, :, top + i, left + j] += weight * tokens[:, token].reshape(2, 3, side, side)[:, :, i, j]
+                weights[top + i, left + j] += weight
+    np.testing.assert_allclose(decoder(x, rows, columns).detach().numpy(), painted / weights, rtol=1e-4, atol=1e-5)
+
+
+@given(st.integers(1, 9), st.data())
+def test_away_from_the_images_edge_the_weights_of_overlapping_patches_add_up_to_1(q, data):
+    decoder = vqrae.Decoder(small_vit(), q, data.draw(st.integers(0, q // 2)))
+    weight = decoder.place(decoder.window.expand(1, -1, 9), 3, 3)
+    torch.testing.assert_close(weight[..., q:2 * q, q:2 * q], torch.ones(1, 3, q, q))
+
+
+def test_tokens_that_agree_leave_no_trace_of_their_patches_where_they_overlap():
+    decoder = vqrae.Decoder(small_vit(), 4, 2)
+    torch.nn.init.zeros_(decoder.head.weight)
+    decoder.head.bias.data = torch.tensor([0.2, 0.5, 0.9]).repeat_interleave(64)
+    image = decoder(torch.randn(1, 12, 24), 3, 4)
+    torch.testing.assert_close(image, decoder.head.bias[::64].view(1, 3, 1, 1).expand(1, 3, 12, 16))
 
 
 @given(row=st.integers(0, 20), column=st.integers(0, 20), quarter=st.integers(1, 12), data=st.data())

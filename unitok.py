@@ -642,6 +642,7 @@ def new_tokenizer(config, images):
         raise InputError(f"images of {config.image_size * q // p} pixels would come out; SSIM needs 11 and the "
                          f"perceptual loss {2 * p}: choose a larger --image-size or --output-patch-size")
     sizes = dict(encoder=encoder.config, image_size=config.image_size, output_patch_size=q,
+                 output_overlap=config.output_overlap,
                  codebook_size=config.codebook_size, codebook_dim=config.codebook_dim, quantizer=config.quantizer,
                  beta_side=config.beta_side)
     if isinstance(config, StageOneConfig):

@@ -387,23 +387,37 @@ class Decoder(nn.Module):
 
     One token per latent position ("patch size 1" in the paper), the same blocks, and no convolution: a Linear writes
     the q x q pixels of every token. q may differ from the encoder's p, which scales the image by q/p.
+
+    Not in the paper: `overlap`. Tokens that each paint a patch alone choose slightly different tones, and the eye sees
+    a grid. With an overlap of m a token paints m pixels more on every side, and where patches meet, both fade out over
+    2 m pixels, so that neighbours settle on what lies between them.
     """
 
-    def __init__(self, config, patch_size):
+    def __init__(self, config, patch_size, overlap=0):
         super().__init__()
-        self.patch_size, self.width = patch_size, config.width
+        self.patch_size, self.overlap, self.width = patch_size, overlap, config.width
         self.blocks = nn.ModuleList([Block(config) for _ in range(config.depth)])
         self.norm = nn.LayerNorm(config.width, config.layer_norm_eps)
-        self.head = nn.Linear(config.width, 3 * patch_size**2)
+        side = patch_size + 2 * overlap
+        self.head = nn.Linear(config.width, 3 * side**2)
+        # From the edge inwards: 1/4m, 3/4m, ... up to 1, so that the weights of two neighbours add up to 1.
+        edge = (torch.arange(side) + 0.5).minimum(side - 0.5 - torch.arange(side))  # (side,)
+        fade = (edge / (2 * overlap)).clamp(max=1) if overlap else torch.ones(side)  # (side,)
+        self.register_buffer("window", fade.outer(fade).flatten().repeat(3)[:, None], persistent=False)
 
     def forward(self, x, rows, columns):
         x = x.to(self.norm.weight.dtype)  # also under autocast: a stream in bf16 would round after every block
         x = x + sincos_positions(rows, columns, self.width).to(x)  # (B, N, d)
         for block in self.blocks:
             x = block(x)  # (B, N, d)
-        x = self.head(self.norm(x))  # (B, N, 3*q*q)
-        x = x.transpose(1, 2).unflatten(2, (rows, columns))  # (B, 3*q*q, rows, columns)
-        return F.pixel_shuffle(x, self.patch_size)  # (B, 3, rows*q, columns*q)
+        x = self.head(self.norm(x)).transpose(1, 2)  # (B, 3*(q+2m)^2, N)
+        painted, weight = self.place(self.window * x, rows, columns), self.window.expand(1, -1, rows * columns)
+        return painted / self.place(weight, rows, columns)  # (B, 3, rows*q, columns*q); at the image's edge 1 is short
+
+    def place(self, patches, rows, columns):
+        """Patches (B, 3*(q+2m)^2, rows*columns) at their places, added where they overlap, as images."""
+        q = self.patch_size
+        return F.fold(patches, (rows * q, columns * q), q + 2 * self.overlap, padding=self.overlap, stride=q)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -423,9 +437,13 @@ class VQRAEConfig:
     quantizer: str = "simvq"  # a name in QUANTIZERS
     beta: float = 0.25
     beta_side: str = "commitment"
+    output_overlap: int = 0  # pixels that a token's patch reaches into its neighbours, see Decoder
 
     def __post_init__(self):
         check_fields(self, ("image_size", "output_patch_size", "codebook_size", "codebook_dim"))
+        if not 0 <= self.output_overlap <= self.output_patch_size // 2:
+            raise InputError(f"output_overlap {self.output_overlap} is not from 0 to half of a patch of "
+                             f"{self.output_patch_size} pixels")
         if self.quantizer not in QUANTIZERS or self.encoder.width % 4:  # 4: sine, cosine of row, column
             raise InputError(f"quantizer {self.quantizer!r} is unknown, or width {self.encoder.width} no multiple of 4")
         if self.beta_side not in ("commitment", "codebook"):
@@ -467,7 +485,7 @@ class VQRAE(nn.Module, HubModel):
         self.project_in = nn.Linear(d, e)
         self.quantizer = QUANTIZERS[config.quantizer](config.codebook_size, e, config.beta, config.beta_side)
         self.project_out = nn.Linear(e, d)
-        self.decoder = Decoder(config.encoder, config.output_patch_size)
+        self.decoder = Decoder(config.encoder, config.output_patch_size, config.output_overlap)
         for module in self.decoder.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
