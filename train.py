@@ -77,7 +77,7 @@ def stage_1(run, config):
         return train_everything(run, config, model, val_images, start)
     model.encoder.requires_grad_(False)
     model.to(run.device)
-    perceptual = perceptual_loss(config.perceptual, model.encoder, run.device)
+    perceptual = perceptual_loss(run, config, model.encoder)
     run.train(model, make_optimizers(model, config, config.learning_rate, run.bf16))  # takes both; `step` trains
     forward, extended = run.compiled(model), isinstance(config, StageOneConfig)  # losses that a plain VQRAE has not
 
@@ -120,7 +120,7 @@ def train_everything(run, config, model, val_images, *further, **options):
     teacher.eval().requires_grad_(False).to(run.device)
     model.encoder.requires_grad_(config.encoder_learning_rate > 0)
     model.to(run.device)
-    perceptual = perceptual_loss(config.perceptual, teacher, run.device)
+    perceptual = perceptual_loss(run, config, teacher)
     run.train(model, make_optimizers(model, config, config.learning_rate, run.bf16))  # takes both; `step` trains
     discriminator = train_discriminator(run, config) if config.adversarial_weight > 0 else None
     forward, extended = run.compiled(model), isinstance(config, StageOneConfig)  # losses that a plain VQRAE has not
@@ -180,11 +180,14 @@ def model_of_init(run, config, load=load_tokenizer):
     return model
 
 
-def perceptual_loss(name, encoder, device):
-    """The L_P of --perceptual, or None."""
-    if name == "none":
+def perceptual_loss(run, config, encoder):
+    """The L_P of --perceptual, with the frozen encoder's eyes or those of others, or None."""
+    if config.perceptual == "none":
         return None
-    return vqrae.VFMPerceptual(encoder) if name == "vfm" else vqrae.PaperPerceptual().to(device)
+    if config.perceptual == "lpips-convnext":
+        return vqrae.PaperPerceptual().to(run.device)
+    # Autocast would turn the same weights into bf16 at every step, and back and forth what passes between them.
+    return vqrae.VFMPerceptual(copy.deepcopy(encoder).bfloat16() if run.bf16 else encoder)
 
 
 def start_tokenizer(run, config):

@@ -15,6 +15,7 @@ train.py's.
 """
 
 import functools
+import itertools
 import math
 import re
 from dataclasses import dataclass, replace
@@ -89,7 +90,7 @@ def attend(q, k, v, mask=None):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=heads != k.shape[1])
     # For a few hundred queries on a CPU, torch's fused kernel and above all its backward is slower than two products.
     q = (q * h**-0.5).reshape(B, k.shape[1], -1, h)  # (B, kv_heads, heads/kv_heads * n, h): sharing is stacking
-    scores = (q @ k.transpose(-2, -1)).float().view(B, k.shape[1], -1, n, k.shape[2])  # (B, kv_heads, sharing, n, m)
+    scores = (q @ k.transpose(-2, -1)).view(B, k.shape[1], -1, n, k.shape[2])  # (B, kv_heads, sharing, n, m)
     if mask is not None:
         scores = scores + mask[:, :, None]
     return (scores.softmax(-1).to(v.dtype).flatten(2, 3) @ v).view(B, heads, n, h)
@@ -342,28 +343,47 @@ def start_codebook(quantizer, z, steps=6, generator=None):
     if isinstance(quantizer, SimVQ):
         nn.init.eye_(quantizer.W.weight)
         nn.init.zeros_(quantizer.W.bias)
-    quantizer.codebook.copy_(z[torch.randperm(len(z), generator=generator)[:K].to(z.device)])
+    # Tokens look for their centres along the principal axes that hold 99 % of the variance; the others, most of them,
+    # would take most of the time.
+    variance, axes = torch.linalg.eigh(torch.cov(z.T).cpu())  # (e,) rising, (e, e)
+    axes = axes[:, variance.cumsum(0) >= 0.01 * variance.sum()].to(z)  # (e, r)
+    short, kmeans = z @ axes, VectorQuantizer(K, axes.shape[1]).to(z.device)  # (n, r)
+    kmeans.codebook.copy_(short[torch.randperm(len(z), generator=generator)[:K].to(z.device)])
     for step in range(steps + 10):  # `steps` rounds, and up to 10 more while a code has too few tokens
-        indices = quantizer.search(z)  # (n,)
+        indices = kmeans.search(short)  # (n,)
         counts = torch.bincount(indices, minlength=K)  # (K,)
-        few = 0.25 * len(z) / K
-        if step >= steps and counts.min() >= few:
-            break  # every code has enough to do, the ones drawn in the last round included
-        distance = (z - quantizer.codebook[indices]).norm(dim=1)  # (n,)
-        sums = torch.zeros_like(quantizer.codebook).index_add_(0, indices, z)  # (K, e)
-        centres = sums / counts.clamp(min=1)[:, None]  # (K, e)
+        weak = counts < 0.25 * len(z) / K
+        if step >= steps and not weak.any():
+            break
+        distance = (short - kmeans.codebook[indices]).norm(dim=1)  # (n,)
+        centres = means_of(short, indices, counts)  # (K, r)
         # A quarter of the tokens of our emoji are plain, most of these blank background, one like the other. Many codes
         # are drawn from its copies, and all but one of them get no token. A code that serves a single odd token is lost
-        # once features move. So codes with little to do start again at badly served tokens, drawn in proportion to
-        # their distance: the largest of weight / exponential, which is torch.multinomial's way without its limit of
-        # 2^24 tokens.
-        weak = counts < few
-        if weak.any():
+        # once features move. So codes with little to do start again: at badly served tokens, drawn in proportion to
+        # their distance (the largest of weight / exponential, which is torch.multinomial's way without its limit of
+        # 2^24 tokens), and in the last rounds beside the codes that serve their many tokens worst, which splits those
+        # tokens in two (Linde, Buzo and Gray 1980).
+        if step < steps:
             weight = distance.cpu().double() + 1e-12
             luck = torch.empty_like(weight).exponential_(generator=generator)
             chosen = (weight / luck).topk(int(weak.sum())).indices
-            centres[weak] = z[chosen.to(z.device)]
-        quantizer.codebook.copy_(centres)
+            centres[weak] = short[chosen.to(z.device)]
+        else:
+            badness = torch.zeros(K, device=z.device).index_add_(0, indices, distance.pow(2))  # (K,)
+            worst = badness.topk(int(weak.sum())).indices
+            aside = torch.randn(len(worst), axes.shape[1], generator=generator).to(z)
+            reach = (badness / counts.clamp(min=1))[worst].sqrt()[:, None] / axes.shape[1]**0.5
+            centres[weak] = centres[worst] + 0.1 * reach * aside
+        kmeans.codebook.copy_(centres)
+    indices = kmeans.search(short)  # (n,)
+    counts = torch.bincount(indices, minlength=K)[:, None]  # (K, 1)
+    quantizer.codebook.copy_(torch.where(counts > 0, means_of(z, indices, counts[:, 0]), kmeans.codebook @ axes.T))
+
+
+def means_of(z, indices, counts):
+    """The means (K, e) of the vectors z (n, e) that have the same index (n,); of how many each is, counts (K,) tell."""
+    sums = z.new_zeros(len(counts), z.shape[1]).index_add_(0, indices, z)  # (K, e)
+    return sums / counts.clamp(min=1)[:, None]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -618,9 +638,10 @@ def unit(features, dim):
 class VFMPerceptual(nn.Module):
     """`--perceptual vfm`: L_P as the distance between the frozen encoder's own features of both images.
 
-    Needs no download and no convolution. LPIPS' recipe on tokens: after every block, scale each token to unit length,
-    take squared differences; and before the first block, those of the steps between neighbouring pixels, where an eye
-    sees noise and seams that a pixel's own value hardly shows. Encoder and decoder share one grid of patches, so a seam
+    Needs no download and no convolution. LPIPS' recipe on tokens: after each of the first third of the blocks (what
+    later ones see is no better guide to pixels), scale each token to unit length, take squared differences; and before
+    the first block, those of the steps between neighbouring pixels, where an eye sees noise and seams that a pixel's
+    own value hardly shows. Encoder and decoder share one grid of patches, so a seam
     between two patches of the output would fall between two patches of the encoder, unseen; therefore both images are
     cropped, at one random offset.
     """
@@ -636,10 +657,10 @@ class VFMPerceptual(nn.Module):
             side = (size // p - 1) * p  # one patch less, so that the window has room to move by a whole one
             start = int(torch.randint(size - side + 1, (), generator=generator))
             window.append(slice(start, start + side))
-        window = tuple(window)
+        window, blocks = tuple(window), math.ceil(self.encoder.config.depth / 3)
         with torch.no_grad():
-            targets = list(self.encoder.hidden_states(x[window]))
-        states = list(self.encoder.hidden_states(y[window]))
+            targets = list(itertools.islice(self.encoder.hidden_states(x[window]), blocks))
+        states = list(itertools.islice(self.encoder.hidden_states(y[window]), blocks))
         distances = [(unit(a.float(), -1) - unit(b.float(), -1)).pow(2).sum(-1).mean() for a, b in zip(states, targets)]
         gradients = [(y - x).diff(dim=dim).pow(2).mean() for dim in (-2, -1)]
         return sum(distances) / len(distances) + 2 * sum(gradients)

@@ -1,15 +1,19 @@
 """The experiments: ablations in small, and the collapse."""
 
+import itertools
 import re
 import shutil
 from dataclasses import asdict
 
 import pytest
+import torch
 from PIL import Image
 
 import train
 import vqrae
-from experiments import ablate, collapse
+from conftest import small_model, small_vit
+from experiments import ablate, collapse, semantics
+from export import save_encoder
 from presets import PRESETS
 from support.files import InputError
 from support.images import ImageSet
@@ -73,7 +77,7 @@ def test_an_ablation_refuses_what_it_would_have_to_ignore(extra, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("script, words", [(ablate, ["strategy"]), (collapse, [])])
+@pytest.mark.parametrize("script, words", [(ablate, ["strategy"]), (collapse, []), (semantics, [])])
 def test_an_experiment_does_not_start_as_one_of_several_ranks(script, words, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(SystemExit, match="start it without torchrun"):
@@ -189,3 +193,42 @@ def test_an_ablation_of_unitok_ends_in_a_table_and_a_plot(ablation, every, short
     names = {tuple(row.values()) for row, _, _ in rows}
     assert len(table.splitlines()) == 2 + len(names) and "nan" not in table
     assert (tmp_path / "run/plot.png").exists()
+
+
+@torch.no_grad()
+def test_pixels_as_an_encoder_are_the_standardised_patches_and_layers_summed_are_all_blocks():
+    encoder, images = small_model().encoder, torch.rand(2, 3, 16, 24)
+    encoder.__class__ = semantics.Pixels
+    standard = (images - encoder.mean) / encoder.std
+    assert torch.equal(encoder(images)[1, 7], standard[1, :, 4:8, 4:8].flatten())  # 6 patches of 4 pixels in a row
+    encoder.__class__ = semantics.LayersSummed
+    states = torch.stack(list(encoder.hidden_states(images))).double()  # (blocks, B, 1 + N, d)
+    states = (states - states.mean(-1, keepdim=True)) / (states.var(-1, correction=0, keepdim=True) + 1e-5).sqrt()
+    torch.testing.assert_close(encoder(images).double(), states.sum(0)[:, 1:], rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_k_means_of_pixels_paints_every_patch_as_its_nearest_centre():
+    sizes, images = small_model().config, torch.rand(2, 3, 16, 16)
+    centres = torch.rand(sizes.codebook_size, 48)
+    out = semantics.PatchCodebook(sizes, centres)(images)
+    for image, row, column in itertools.product(range(2), range(4), range(4)):
+        place = image, slice(None), slice(4 * row, 4 * row + 4), slice(4 * column, 4 * column + 4)
+        nearest = (centres - images[place].flatten()).pow(2).sum(1).argmin()
+        assert out.indices[image, 4 * row + column] == nearest
+        torch.testing.assert_close(out.reconstruction[place].flatten(), centres[nearest])
+
+
+def test_what_semantics_cost_is_a_table_of_four_rows_that_is_not_made_twice(short_run, tmp_path, monkeypatch):
+    save_encoder(vqrae.Encoder(small_vit(width=48)), tmp_path / "encoder")  # as many channels as a patch has values
+    arguments = [*short_run[2:], "--encoder", str(tmp_path / "encoder")]
+    semantics.main(arguments)
+    out = tmp_path / "run"
+    table = (out / "table.md").read_text().splitlines()
+    assert [row.split("|")[1].strip() for row in table[2:]] == ["k-means", "pixels", "layers summed", "last layer"]
+    assert all(float(row.split("|")[3]) > 3 for row in table[2:])  # PSNR
+    monkeypatch.setattr(train, "train", None)
+    semantics.main(arguments)
+    assert (out / "table.md").read_text().splitlines() == table
+    with pytest.raises(SystemExit, match="was run with other settings than these"):
+        semantics.main([*arguments, "--seed", "5"])
