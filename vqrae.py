@@ -352,7 +352,8 @@ def start_codebook(quantizer, z, steps=6, generator=None):
     for step in range(steps + 10):  # `steps` rounds, and up to 10 more while a code has too few tokens
         indices = kmeans.search(short)  # (n,)
         counts = torch.bincount(indices, minlength=K)  # (K,)
-        weak = counts < 0.25 * len(z) / K
+        few = 0.25 * len(z) / K
+        weak = counts < few
         if step >= steps and not weak.any():
             break
         distance = (short - kmeans.codebook[indices]).norm(dim=1)  # (n,)
@@ -361,8 +362,8 @@ def start_codebook(quantizer, z, steps=6, generator=None):
         # are drawn from its copies, and all but one of them get no token. A code that serves a single odd token is lost
         # once features move. So codes with little to do start again: at badly served tokens, drawn in proportion to
         # their distance (the largest of weight / exponential, which is torch.multinomial's way without its limit of
-        # 2^24 tokens), and in the last rounds beside the codes that serve their many tokens worst, which splits those
-        # tokens in two (Linde, Buzo and Gray 1980).
+        # 2^24 tokens), and in the last rounds beside the codes that serve their tokens worst and have enough for two,
+        # which splits those tokens (Linde, Buzo and Gray 1980).
         if step < steps:
             weight = distance.cpu().double() + 1e-12
             luck = torch.empty_like(weight).exponential_(generator=generator)
@@ -370,6 +371,7 @@ def start_codebook(quantizer, z, steps=6, generator=None):
             centres[weak] = short[chosen.to(z.device)]
         else:
             badness = torch.zeros(K, device=z.device).index_add_(0, indices, distance.pow(2))  # (K,)
+            badness[counts < 2 * few] = 0
             worst = badness.topk(int(weak.sum())).indices
             aside = torch.randn(len(worst), axes.shape[1], generator=generator).to(z)
             reach = (badness / counts.clamp(min=1))[worst].sqrt()[:, None] / axes.shape[1]**0.5
@@ -663,7 +665,7 @@ class VFMPerceptual(nn.Module):
         states = list(itertools.islice(self.encoder.hidden_states(y[window]), blocks))
         distances = [(unit(a.float(), -1) - unit(b.float(), -1)).pow(2).sum(-1).mean() for a, b in zip(states, targets)]
         gradients = [(y - x).diff(dim=dim).pow(2).mean() for dim in (-2, -1)]
-        return sum(distances) / len(distances) + 2 * sum(gradients)
+        return sum(distances) / len(distances) / 2 + 2 * sum(gradients)
 
 
 class PaperPerceptual(nn.Module):

@@ -5,8 +5,13 @@ import math
 import torch
 
 
+# The "Polar Express" (Amsel et al. 2025): each is the best for the interval in which the one before leaves singular
+# values that were between 0.001 and 1. Three of them train as well as five steps of Jordan's one polynomial.
+POLYNOMIALS = ((8.2872, -23.5959, 17.3004), (4.1071, -2.9478, 0.5448), (3.9487, -2.9089, 0.5518))
+
+
 class Muon(torch.optim.Optimizer):
-    """Muon (Jordan 2024): before momentum moves a matrix, all its singular values are brought to about 1.
+    """Muon (Jordan 2024): before momentum moves a matrix, all its singular values are brought near 1 (0.2 to 1.9).
 
     So every direction of a matrix learns at one pace, where the gradient would favour a few, and a short training gets
     further. torch.optim.Muon always multiplies in bf16, which takes seconds a step where processors cannot; this one
@@ -17,15 +22,15 @@ class Muon(torch.optim.Optimizer):
         super().__init__(groups, {})
         self.dtype, self.momentum = dtype, momentum
 
-    def orthogonalise(self, x, steps=5):
-        """Matrices x (n, rows, columns) with their singular values near 1, by Newton and Schulz' iteration."""
+    def orthogonalise(self, x):
+        """Matrices x (n, rows, columns) with their singular values near 1, by products alone."""
         flip = x.shape[1] > x.shape[2]
         x = (x.mT if flip else x).to(self.dtype)
-        x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-        for _ in range(steps):  # a quintic polynomial of each singular value; its coefficients are Jordan's
+        x = x / (1.01 * x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+        for a, b, c in POLYNOMIALS:  # a x + b x^3 + c x^5 of each singular value
             square = x @ x.mT
-            polynomial = torch.baddbmm(square, square, square, beta=-4.7750, alpha=2.0315)
-            x = torch.baddbmm(x, polynomial, x, beta=3.4445)
+            polynomial = torch.baddbmm(square, square, square, beta=b, alpha=c)
+            x = torch.baddbmm(x, polynomial, x, beta=a)
         return (x.mT if flip else x).float()
 
     @torch.no_grad()
