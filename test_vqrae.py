@@ -230,7 +230,8 @@ def rounds_of_k_means(z, K, steps, seed):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(vqrae.VectorQuantizer, "search",
                       lambda self, short: rounds.append(self.codebook.detach().clone()) or search(self, short))
-        vqrae.start_codebook(make_quantizer("vq", K, z.shape[1], seed)[0], z, steps, torch.Generator().manual_seed(seed))
+        quantizer = make_quantizer("vq", K, z.shape[1], seed)[0]
+        vqrae.start_codebook(quantizer, z, steps, torch.Generator().manual_seed(seed))
     return rounds
 
 
@@ -846,7 +847,7 @@ def vfm_by_hand(encoder, x, y):
 
 @given(height=st.integers(8, 13), width=st.integers(8, 13), noise=st.floats(0.01, 1), seed=seeds)
 @settings(max_examples=8)
-def test_the_vfm_loss_is_half_of_unit_tokens_of_one_window_plus_twice_the_steps_between_pixels(height, width, noise, seed):
+def test_the_vfm_loss_is_half_of_unit_tokens_of_a_window_plus_twice_the_steps_between_pixels(height, width, noise, seed):
     encoder, generator = small_model(seed).encoder, torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for block in encoder.blocks:  # tokens of many lengths, none of them 1

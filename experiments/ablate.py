@@ -26,7 +26,7 @@ import train  # noqa: E402
 import vqrae  # noqa: E402
 from presets import PRESETS  # noqa: E402
 from support.files import InputError, read_json, replace_text  # noqa: E402
-from support.metrics import evaluate, understanding  # noqa: E402
+from support.metrics import effective_dimension, evaluate, understanding  # noqa: E402
 from support.pictures import save_figure  # noqa: E402
 from support.run import Run, one_sentence_errors  # noqa: E402
 from support.settings import flag  # noqa: E402
@@ -74,18 +74,25 @@ def ablated_settings(args, stage, changes):
 # --- the rows: of each its name, its seed and the runs it takes, each a stage and what it changes in the settings ---
 
 
+# How codes and projections start: as ABLATED says, or as torch and SimVQ's authors have it, about which the paper is
+# silent.
+STARTS = {"ours": {"codebook_init": "data"}, "paper's": {"codebook_init": "gaussian", "projection_init": "random"}}
+
+
 def codebook_rows(args):
-    """Table 5: dimension and size of the codebook, from both starts; three seeds for dimensions started from data."""
+    """Table 5: dimension and size of the codebook, from our start and from the paper's, random projections and Gaussian
+    codes; three seeds for dimensions from our start.
+    """
     base, steps = train.settings_for(args, "1"), args.steps or 200
     d, K = vqrae.load_encoder(base.encoder).config.width, base.codebook_size
-    refuse_chosen(args, "codebook_dim", "codebook_init")
-    shapes = [(16, K), (d // 4, K), (d // 2, K), (d, K), (2 * d, K), (d, 512), (d, 2048), (d, 16384)]
+    refuse_chosen(args, "codebook_dim", "codebook_init", "projection_init")
+    shapes = [(16, K), (d // 4, K), (d // 2, K), (d, K), (2 * d, K), (d, 512), (d, 2048), (d, 16384), (d, 32768)]
     shapes = list(dict.fromkeys(shapes))  # with another K or d two of them may be one
-    for init in ("data", "gaussian"):
+    for start, init in STARTS.items():
         for e, size in shapes:
-            for seed in range(args.seed, args.seed + (3 if init == "data" and size == K else 1)):
-                changes = {"codebook_dim": e, "codebook_size": size, "codebook_init": init}
-                yield {"dimension": e, "size": size, "start": init}, seed, [("1", {"steps": steps, **changes})]
+            for seed in range(args.seed, args.seed + (3 if start == "ours" and size == K else 1)):
+                changes = {"steps": steps, "codebook_dim": e, "codebook_size": size, **init}
+                yield {"dimension": e, "size": size, "start": start}, seed, [("1", changes)]
 
 
 def strategy_rows(args):
@@ -161,12 +168,12 @@ def supervision_rows(args):
 ABLATIONS = {
     # rows, the columns of the table, and how many of those are drawn
     "codebook": (codebook_rows, ["train_utilization", "train_perplexity", "val_perplexity", "val_psnr", "val_ssim",
-                                 "val_frechet_teacher"], 5),
+                                 "val_frechet_teacher", "z_dimension", "code_dimension"], 5),
     "strategy": (strategy_rows, ["val_psnr", "category_transfer", "category_probe", "val_ssim", "val_frechet_teacher",
                                  "train_utilization", "category_neighbours", "cosine"], 3),
     "quantizer": (quantizer_rows, ["val_psnr", "val_frechet_teacher", "category_transfer", "val_ssim", "bits_per_image",
-                                   "train_utilization", "worst_utilization", "train_perplexity", "category_probe",
-                                   "seconds"], 3),
+                                   "train_utilization", "worst_utilization", "train_perplexity", "perplexity_of_each",
+                                   "category_probe", "seconds"], 3),
     "supervision": (supervision_rows, ["val_psnr", "val_zero_shot", "val_ssim", "val_frechet_teacher",
                                        "train_utilization", "category_probe", "seconds"], 2),
 }
@@ -219,14 +226,26 @@ def run_row(args, folder, seed, configs):
     measured = evaluate(model, val_images, frechet_encoder=stage.teacher, **where)
     if "frechet" in measured:
         result["val_frechet_teacher"] = measured["frechet"]
-    if args.ablation != "codebook":
+    if args.ablation == "codebook":
+        result.update(dimensions(model, val_images.spread(256).to(run.device)))
+    else:
         # A strategy is about the encoder, a quantizer about what its codes keep; without one z itself is kept.
         kind = "discrete" if args.ablation != "strategy" and config.quantizer != "none" else "continuous"
         read = understanding(model, stage.teacher, run.train_images, val_images, keys=("category",), **where)
         result.update(read.get(kind, {}))
     if "train_utilization_of_each" in result:
         result["worst_utilization"] = min(result["train_utilization_of_each"])
+        each = result["train_perplexity_of_each"]
+        result["perplexity_of_each"] = sum(each) / len(each)
     return result
+
+
+@torch.no_grad()
+def dimensions(model, images):
+    """The effective dimensions of z and of all codes, as a dict."""
+    z = model.project_features(model.encoder(images)).flatten(0, 1)  # (n, e)
+    codes = model.quantizer.lookup(torch.arange(model.config.codebook_size, device=z.device))  # (K, e)
+    return {"z_dimension": effective_dimension(z), "code_dimension": effective_dimension(codes)}
 
 
 # --- what is left of them ---
@@ -240,7 +259,8 @@ def write_table(results, columns, path):
         cells = [str(value) for _, value in keys] + [str(len(rows))]
         for column in columns:
             values = torch.tensor([row[column] for row in rows if column in row], dtype=torch.float64)
-            digits = {"val_psnr": 2, "seconds": 0, "bits_per_image": 0}.get(column, 1 if "perplexity" in column else 3)
+            digits = {"val_psnr": 2, "seconds": 0, "bits_per_image": 0}.get(
+                column, 1 if "perplexity" in column or "dimension" in column else 3)
             spread = f" ± {values.std():.{digits}f}" if len(values) > 1 else ""
             cells.append(f"{values.mean():.{digits}f}{spread}" if len(values) else "-")
         lines.append("| " + " | ".join(cells) + " |")
@@ -273,10 +293,10 @@ def draw_dimensions(axis, results, column):
     """A column over the dimension of the codebook, a curve for each start, at the size that most rows have."""
     sizes = [dict(keys)["size"] for keys in results]
     usual = max(set(sizes), key=sizes.count)
-    for start in ("data", "gaussian"):
+    for start in STARTS:
         points = sorted((dict(keys)["dimension"], mean(rows, column)) for keys, rows in results.items()
                         if dict(keys)["start"] == start and dict(keys)["size"] == usual)
-        axis.plot([x for x, _ in points], [y for _, y in points], marker="o", label=f"start from {start}")
+        axis.plot([x for x, _ in points], [y for _, y in points], marker="o", label=f"{start} start")
     axis.set(xscale="log", xlabel=f"codebook dimension e (K {usual})")
     dimensions = sorted({dict(keys)["dimension"] for keys in results})
     axis.set_xticks(dimensions, dimensions)

@@ -67,6 +67,15 @@ def codebook_usage(counts):
     return (counts > 0).double().mean().item(), torch.special.entr(share).sum().exp().item()
 
 
+def effective_dimension(vectors):
+    """In how many directions vectors (n, e) vary, if they varied in all of them alike, from 1 to e, as a float.
+
+    exp of the entropy of the shares that the principal axes have in the variance (Roy and Vetterli 2007).
+    """
+    variance = torch.linalg.eigvalsh(torch.cov(vectors.double().T).view(vectors.shape[1], -1)).clamp(min=0)  # (e,)
+    return torch.special.entr(variance / variance.sum().clamp(min=1e-300)).sum().exp().item()
+
+
 def usage(model, images, batch_size=64, device="cpu", workers=0):
     """Utilization, perplexity and tokens of one pass over an ImageSet, and with several codebooks those of each."""
     counts = count_codes(model, images, batch_size, device, workers)  # (K,)

@@ -15,9 +15,9 @@ import vqrae
 from conftest import seeds, small_captioner, small_model, small_vit, text_lm
 from support.files import InputError
 from support.images import ImageSet
-from support.metrics import (caption_accuracy, cluster_measures, clusters, drift, evaluate, fit_reading,
-                            frechet_distance, generation, linear_probe, loss_on_captions, loss_on_codes, nearest,
-                            nearest_neighbours, psnr, retrieval, seam_errors, ssim, understanding, usage)
+from support.metrics import (caption_accuracy, cluster_measures, clusters, drift, effective_dimension, evaluate,
+                            fit_reading, frechet_distance, generation, linear_probe, loss_on_captions,
+                            loss_on_codes, nearest, nearest_neighbours, psnr, retrieval, seam_errors, ssim, understanding, usage)
 
 
 # --- pixels ---
@@ -36,6 +36,20 @@ def test_psnr_and_ssim_equal_those_of_scikit_image(height, width, seed, noise):
         expected = metrics.structural_similarity(x[i], y[i], data_range=1, channel_axis=0, gaussian_weights=True,
                                                  sigma=1.5, use_sample_covariance=False)
         assert ours[1][i].item() == pytest.approx(expected, abs=1e-6)
+
+
+@given(st.integers(1, 8), st.integers(0, 4), seeds)
+def test_the_effective_dimension_of_a_cloud_that_varies_alike_in_some_directions_is_their_number(rank, more, seed):
+    axes = np.linalg.qr(np.random.RandomState(seed % 2**32).randn(rank + more, rank + more))[0][:rank]
+    cross = np.concatenate([np.eye(rank), -np.eye(rank)]) @ axes  # two points on every axis
+    assert effective_dimension(torch.tensor(cross + 3)) == pytest.approx(rank, rel=1e-6)
+
+
+def test_the_effective_dimension_is_exp_of_the_entropy_of_the_squared_singular_values():
+    x = np.random.RandomState(0).randn(50, 6) * [5, 3, 1, 1, 0.1, 0]
+    share = np.linalg.svd(x - x.mean(0), compute_uv=False)**2
+    share = share[:5] / share.sum()
+    assert effective_dimension(torch.tensor(x)) == pytest.approx(np.exp(-(share * np.log(share)).sum()), rel=1e-6)
 
 
 def test_a_grid_of_patches_shows_in_the_seam_ratio_and_plain_noise_does_not():
