@@ -847,7 +847,7 @@ def vfm_by_hand(encoder, x, y):
 
 @given(height=st.integers(8, 13), width=st.integers(8, 13), noise=st.floats(0.01, 1), seed=seeds)
 @settings(max_examples=8)
-def test_the_vfm_loss_is_half_of_unit_tokens_of_a_window_plus_twice_the_steps_between_pixels(height, width, noise, seed):
+def test_the_vfm_loss_is_half_of_unit_tokens_of_a_window_plus_twice_the_steps_of_pixels(height, width, noise, seed):
     encoder, generator = small_model(seed).encoder, torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for block in encoder.blocks:  # tokens of many lengths, none of them 1

@@ -17,7 +17,8 @@ from support.files import InputError
 from support.images import ImageSet
 from support.metrics import (caption_accuracy, cluster_measures, clusters, drift, effective_dimension, evaluate,
                             fit_reading, frechet_distance, generation, linear_probe, loss_on_captions,
-                            loss_on_codes, nearest, nearest_neighbours, psnr, retrieval, seam_errors, ssim, understanding, usage)
+                            loss_on_codes, nearest, nearest_neighbours, psnr, retrieval, seam_errors, ssim,
+                            understanding, usage)
 
 
 # --- pixels ---
