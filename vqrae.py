@@ -584,8 +584,9 @@ class VQRAE(nn.Module, HubModel):
         if codebook_init == "data" and not isinstance(self.quantizer, NoQuantizer):
             # Plain patches are many, and a decoder paints them alike whatever the encoder has to say of them. Left with
             # all of them, k-means spends a fifth of the codes there, and those die first once the encoder trains.
+            # A few of them tell all of their colours.
             spread = patches.unflatten(1, (3, -1)).std(2).amax(1)  # (n,)
-            kept = (spread > 0.01) | (torch.rand(len(spread), generator=generator).to(spread.device) < 0.1)
+            kept = (spread > 0.01) | (torch.rand(len(spread), generator=generator).to(spread.device) < 0.03)
             if kept.sum() < self.config.codebook_size:
                 kept[:] = True  # too few others to start from
             self.quantizer.start(self.project_features(features[kept]), generator)
@@ -640,7 +641,7 @@ def unit(features, dim):
 class VFMPerceptual(nn.Module):
     """`--perceptual vfm`: L_P as the distance between the frozen encoder's own features of both images.
 
-    Needs no download and no convolution. LPIPS' recipe on tokens: after each of the first third of the blocks (what
+    Needs no download and no convolution. LPIPS' recipe on tokens: after each of the first sixth of the blocks (what
     later ones see is no better guide to pixels), scale each token to unit length, take squared differences; and before
     the first block, those of the steps between neighbouring pixels, where an eye sees noise and seams that a pixel's
     own value hardly shows. Encoder and decoder share one grid of patches, so a seam
@@ -659,7 +660,7 @@ class VFMPerceptual(nn.Module):
             side = (size // p - 1) * p  # one patch less, so that the window has room to move by a whole one
             start = int(torch.randint(size - side + 1, (), generator=generator))
             window.append(slice(start, start + side))
-        window, blocks = tuple(window), math.ceil(self.encoder.config.depth / 3)
+        window, blocks = tuple(window), math.ceil(self.encoder.config.depth / 6)
         with torch.no_grad():
             targets = list(itertools.islice(self.encoder.hidden_states(x[window]), blocks))
         states = list(itertools.islice(self.encoder.hidden_states(y[window]), blocks))
