@@ -356,26 +356,18 @@ def start_codebook(quantizer, z, steps=6, generator=None):
         weak = counts < few
         if step >= steps and not weak.any():
             break
-        distance = (short - kmeans.codebook[indices]).norm(dim=1)  # (n,)
+        errors = (short - kmeans.codebook[indices]).pow(2).sum(1)  # (n,)
         centres = means_of(short, indices, counts)  # (K, r)
         # A quarter of the tokens of our emoji are plain, most of these blank background, one like the other. Many codes
         # are drawn from its copies, and all but one of them get no token. A code that serves a single odd token is lost
-        # once features move. So codes with little to do start again: at badly served tokens, drawn in proportion to
-        # their distance (the largest of weight / exponential, which is torch.multinomial's way without its limit of
-        # 2^24 tokens), and in the last rounds beside the codes that serve their tokens worst and have enough for two,
-        # which splits those tokens (Linde, Buzo and Gray 1980).
-        if step < steps:
-            weight = distance.cpu().double() + 1e-12
-            luck = torch.empty_like(weight).exponential_(generator=generator)
-            chosen = (weight / luck).topk(int(weak.sum())).indices
-            centres[weak] = short[chosen.to(z.device)]
-        else:
-            badness = torch.zeros(K, device=z.device).index_add_(0, indices, distance.pow(2))  # (K,)
-            badness[counts < 2 * few] = 0
-            worst = badness.topk(int(weak.sum())).indices
-            aside = torch.randn(len(worst), axes.shape[1], generator=generator).to(z)
-            reach = (badness / counts.clamp(min=1))[worst].sqrt()[:, None] / axes.shape[1]**0.5
-            centres[weak] = centres[worst] + 0.1 * reach * aside
+        # once features move. So codes with little to do start again, each beside a code whose tokens lose most in all
+        # and are enough for two (Linde, Buzo and Gray 1980).
+        lost = torch.zeros(K, device=z.device).index_add_(0, indices, errors)  # (K,)
+        lost[counts < 2 * few] = 0
+        worst = lost.topk(int(weak.sum())).indices
+        spread = (lost[worst] / counts[worst].clamp(min=1) / axes.shape[1]).sqrt()[:, None]
+        aside = torch.randn(len(worst), axes.shape[1], generator=generator).to(z)
+        centres[weak] = centres[worst] + 0.1 * spread * aside
         kmeans.codebook.copy_(centres)
     indices = kmeans.search(short)  # (n,)
     counts = torch.bincount(indices, minlength=K)[:, None]  # (K, 1)
