@@ -160,8 +160,10 @@ def test_the_rows_of_the_ablations_are_those_of_the_papers_tables():
     d, K = 192, PRESETS["tiny"]["1"].codebook_size
     shapes = {(row["dimension"], row["size"]) for row, _, _ in rows}
     assert {e for e, size in shapes if size == K} >= {16, d, 2 * d}
-    assert {size for e, size in shapes if e == d} >= {512, K, 16384}
-    assert {row["start"] for row, _, _ in rows} == {"data", "gaussian"}
+    assert {size for e, size in shapes if e == d} >= {512, K, 16384, 32768}
+    starts = {(row["start"], changes["codebook_init"], changes.get("projection_init"))
+              for row, _, ((_, changes),) in rows}
+    assert starts == {("ours", "data", None), ("paper's", "gaussian", "random")}
     for _, _, runs in ablate.strategy_rows(ablate.parse_args(["strategy"])):
         assert sum(changes["steps"] for _, changes in runs) == 400
 
