@@ -8,7 +8,9 @@
     layers summed   stage 1 with the sum of what the encoder's blocks put out, shallow ones and deep ones
     last layer      stage 1, the default: Z_I is the last layer's
 
-All rows spend the same bits. Leaves table.md in --out (default: out/semantics) and a folder for each row. Takes flags
+All rows spend the same bits. own_code_psnr and nine_codes_psnr are what codes are worth with no decoder: every patch is
+painted as the mean of the training patches of its code, or by least squares from those means of its code and of the
+eight around it. Leaves table.md in --out (default: out/semantics) and a folder for each row. Takes flags
 of stage 1, such as --steps, --seed and --preset, for all rows alike: `python train.py --stage 1 --help` shows them.
 """
 
@@ -27,7 +29,8 @@ import train  # noqa: E402
 import vqrae  # noqa: E402
 from experiments.ablate import refuse_other_work, stage_1_args, write_table  # noqa: E402
 from support.files import InputError, read_json, replace_text  # noqa: E402
-from support.metrics import codebook_usage, evaluate, understanding  # noqa: E402
+from support.images import eight_bits  # noqa: E402
+from support.metrics import codebook_usage, evaluate, psnr, understanding  # noqa: E402
 from support.run import Run, one_sentence_errors  # noqa: E402
 from support.sets import open_images  # noqa: E402
 from unitok import new_tokenizer  # noqa: E402
@@ -50,8 +53,8 @@ class LayersSummed(vqrae.Encoder):
 
 
 READERS = {"pixels": Pixels, "layers summed": LayersSummed, "last layer": vqrae.Encoder}
-COLUMNS = ["val_psnr", "val_ssim", "val_seam_ratio", "val_perplexity", "category_probe", "category_neighbours",
-           "seconds"]
+COLUMNS = ["own_code_psnr", "nine_codes_psnr", "val_psnr", "val_ssim", "val_seam_ratio", "val_perplexity",
+           "category_probe", "category_neighbours", "seconds"]
 
 
 class PatchCodebook(torch.nn.Module):
@@ -62,6 +65,10 @@ class PatchCodebook(torch.nn.Module):
         self.config, self.quantizer = config, vqrae.VectorQuantizer(*centres.shape)
         self.quantizer.codebook.data = centres
 
+    def encode(self, images):
+        out = self(images)
+        return out.features, out.indices
+
     def count(self, indices):
         return torch.bincount(indices.flatten(), minlength=len(self.quantizer.codebook))
 
@@ -71,6 +78,36 @@ class PatchCodebook(torch.nn.Module):
         quantized, indices, *losses = self.quantizer(patches)
         image = F.fold(quantized.transpose(1, 2), images.shape[-2:], p, stride=p)  # (B, 3, H, W)
         return vqrae.Output(image, patches, indices, *losses, patches, quantized)
+
+
+@torch.no_grad()
+def without_decoder(model, train_images, val_images, device, workers):
+    """PSNR of held-out images painted from their own codes' mean patches, and from nine by least squares, as a dict."""
+    p, K = model.config.encoder.patch_size, model.config.codebook_size
+
+    def tokens(images):  # (B, 3, H, W), (B, N, 3*p*p), (B, N)
+        for x in images.views(64, device, workers):
+            yield x, F.unfold(x, p, stride=p).transpose(1, 2), model.encode(x)[1]
+
+    def around(means, indices, rows):  # (B, N, 9*3*p*p + 1)
+        grid = means[indices].transpose(1, 2).unflatten(2, (rows, -1))  # (B, 3*p*p, rows, columns)
+        return F.pad(F.unfold(grid, 3, padding=1).transpose(1, 2), (0, 1), value=1.0)
+
+    sums, counts = 0.0, 0
+    for _, patches, indices in tokens(train_images):
+        own = patches.new_zeros(K, patches.shape[2])
+        sums, counts = sums + own.index_add_(0, indices.flatten(), patches.flatten(0, 1)), counts + model.count(indices)
+    means, products, targets = sums / counts.clamp(min=1)[:, None], 0.0, 0.0  # (K, 3*p*p)
+    for x, patches, indices in tokens(train_images):
+        seen = around(means, indices, x.shape[2] // p).flatten(0, 1)
+        products, targets = products + seen.T @ seen, targets + seen.T @ patches.flatten(0, 1)
+    solution = torch.linalg.solve(products + torch.eye(len(products), device=device), targets)  # (9*3*p*p + 1, 3*p*p)
+    scores = {"own_code_psnr": [], "nine_codes_psnr": []}
+    for x, _, indices in tokens(val_images):
+        painted = means[indices], around(means, indices, x.shape[2] // p) @ solution  # (B, N, 3*p*p) each
+        for values, patches in zip(scores.values(), painted):
+            values.append(psnr(x, eight_bits(F.fold(patches.transpose(1, 2), x.shape[2:], p, stride=p))))
+    return {name: torch.cat(values).mean().item() for name, values in scores.items()}
 
 
 @torch.no_grad()
@@ -91,7 +128,8 @@ def pixel_k_means(args, config, rounds=25):
     seconds, figures = time.time() - begin, evaluate(model, val_images, 64, run.device, run.workers)
     used, perplexity = codebook_usage(model.count(model.quantizer.search(patches)))
     return {**{f"val_{name}": value for name, value in figures.items()}, "train_utilization": used,
-            "train_perplexity": perplexity, "seconds": seconds}
+            "train_perplexity": perplexity, "seconds": seconds,
+            **without_decoder(model, train_images, val_images, run.device, run.workers)}
 
 
 def trained(args, config, reads):
@@ -112,9 +150,11 @@ def trained(args, config, reads):
         train.new_tokenizer = new_tokenizer
     if reads != "last layer":
         (args.out / "model.safetensors").unlink()  # it would be loaded as a model that reads the last layer
-    read = understanding(run.average, stage.teacher, run.train_images, open_images(
-        config.data, "val", config.image_size), device=run.device, workers=run.workers, keys=("category",))
-    return {**read_json(args.out / "summary.json"), **read.get("discrete", {})}
+    splits = run.train_images, open_images(config.data, "val", config.image_size)
+    read = understanding(run.average, stage.teacher, *splits, device=run.device, workers=run.workers,
+                         keys=("category",))
+    return {**read_json(args.out / "summary.json"), **read.get("discrete", {}),
+            **without_decoder(run.average, *splits, run.device, run.workers)}
 
 
 def semantics(args):

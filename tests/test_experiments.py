@@ -5,6 +5,7 @@ import re
 import shutil
 from dataclasses import asdict
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -221,6 +222,30 @@ def test_k_means_of_pixels_paints_every_patch_as_its_nearest_centre():
         torch.testing.assert_close(out.reconstruction[place].flatten(), centres[nearest])
 
 
+def test_what_codes_are_worth_without_a_decoder_is_what_least_squares_makes_of_nine_mean_patches(photo_folder):
+    model = small_model(codebook_size=8)
+    splits = [ImageSet(photo_folder, split, 16) for split in ("train", "val")]
+    found = semantics.without_decoder(model, *splits, "cpu", 0)
+    data = []
+    for images in splits:
+        x = torch.cat(list(images.views(64, "cpu", 0)))
+        patches = x.unfold(2, 4, 4).unfold(3, 4, 4).permute(0, 2, 3, 1, 4, 5).reshape(len(x), 16, 48)
+        data.append((patches.double().numpy(), model.encode(x)[1].numpy()))
+    (patches, codes), (truth, others) = data
+    means = np.stack([patches[codes == k].mean(0) if (codes == k).any() else np.zeros(48) for k in range(8)])
+
+    def around(codes):
+        grid = np.pad(means[codes].reshape(-1, 4, 4, 48), ((0, 0), (1, 1), (1, 1), (0, 0)))
+        seen = np.stack([grid[:, i:i + 4, j:j + 4] for i in range(3) for j in range(3)], axis=-1)  # channel, then place
+        return np.concatenate([seen.reshape(-1, 9 * 48), np.ones((codes.size, 1))], axis=1)
+
+    seen = around(codes)
+    painted = around(others) @ np.linalg.solve(seen.T @ seen + np.eye(seen.shape[1]), seen.T @ patches.reshape(-1, 48))
+    for name, some in (("own_code_psnr", means[others]), ("nine_codes_psnr", painted.reshape(truth.shape))):
+        errors = ((np.clip(some, 0, 1) * 255).round() / 255 - truth)**2
+        assert found[name] == pytest.approx(np.mean(-10 * np.log10(errors.mean((1, 2)))), abs=0.05)
+
+
 def test_what_semantics_cost_is_a_table_of_four_rows_that_is_not_made_twice(short_run, tmp_path, monkeypatch):
     save_encoder(vqrae.Encoder(small_vit(width=48)), tmp_path / "encoder")  # as many channels as a patch has values
     arguments = [*short_run[2:], "--encoder", str(tmp_path / "encoder")]
@@ -228,7 +253,7 @@ def test_what_semantics_cost_is_a_table_of_four_rows_that_is_not_made_twice(shor
     out = tmp_path / "run"
     table = (out / "table.md").read_text().splitlines()
     assert [row.split("|")[1].strip() for row in table[2:]] == ["k-means", "pixels", "layers summed", "last layer"]
-    assert all(float(row.split("|")[3]) > 3 for row in table[2:])  # PSNR
+    assert all(float(cell) > 3 for row in table[2:] for cell in row.split("|")[3:6])  # three times a PSNR
     monkeypatch.setattr(train, "train", None)
     semantics.main(arguments)
     assert (out / "table.md").read_text().splitlines() == table
