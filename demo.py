@@ -8,11 +8,7 @@ The page is made of it, and every click makes another.
 """
 
 import argparse
-import base64
 import functools
-import html
-import io
-import math
 import os
 import tempfile
 import threading
@@ -21,7 +17,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torchvision.transforms import functional as pixels
 
 import vqrae
 from presets import ROOT, SAMPLING
@@ -29,6 +24,7 @@ from support.codes import image_codes
 from support.files import InputError, trained
 from support.images import ImageSet, eight_bits, read_image, resize_to
 from support.metrics import codebook_usage, psnr
+from support.page import CLICK, STYLE, beside, picture_of, tiles_of, url_of
 from support.pictures import draw_patch
 from support.run import choose_device, one_sentence_errors
 from support.settings import number, refuse_dashes
@@ -40,63 +36,6 @@ try:
     import gradio as gr
 except ImportError:
     gr = None  # `main` has a sentence for it
-
-# --- HTML: pictures with a square of buttons over them, and rows of small ones ---
-
-# A click on a button tells Python its number.
-CLICK = """element.addEventListener('click', event => {
-    const cell = event.target.closest('[data-cell]');
-    if (cell) trigger('click', {cell: Number(cell.dataset.cell)});
-})"""
-
-STYLE = """
-.beside { display: flex; flex-wrap: wrap; gap: 1rem }
-.beside > div { flex: 1; max-width: 27rem }
-.picture { position: relative; aspect-ratio: 1; border: 1px solid #8888 }
-.picture img { width: 100%; height: 100%; image-rendering: pixelated }
-.cells { position: absolute; inset: 0; display: grid }
-.cells button { border: 1px solid #8884; color: white; font: .7rem monospace; overflow: hidden;
-    text-shadow: 0 0 2px black, 0 0 3px black, 0 0 4px black }
-.cells .changed { box-shadow: inset 0 0 0 2px orange }
-.cells .marked { outline: 3px solid red; z-index: 1 }
-.cells .empty { background: #ccc }
-.tiles { display: flex; flex-wrap: wrap; gap: 4px; max-height: 26rem; overflow-y: auto }
-.tiles button { border: 2px solid #8884; font: .7rem monospace }
-.tiles img { width: 48px; height: 48px }
-.cells button:hover, .tiles button:hover { border: 2px solid #6af }
-"""
-
-
-def url_of(picture):
-    """A PIL image, or one (3, H, W) of bytes or of floats in [0, 1], as a URL that holds its PNG."""
-    if isinstance(picture, torch.Tensor):
-        picture = pixels.to_pil_image(eight_bits(picture) if picture.is_floating_point() else picture)
-    file = io.BytesIO()
-    picture.save(file, "PNG", compress_level=1)
-    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
-
-
-def picture_of(image, cells=(), **marks):
-    """An image (3, H, W), and over it buttons with the texts `cells`; marks: the places of each class in STYLE."""
-    side = math.isqrt(len(cells))
-    buttons = "".join(
-        f'<button data-cell="{place}" class="{" ".join(name for name, some in marks.items() if place in some)}">{text}'
-        "</button>" for place, text in enumerate(cells))
-    return (f'<div class="picture"><img src="{url_of(image)}" alt=""><div class="cells" style="grid: '
-            f'repeat({side}, 1fr) / repeat({side}, 1fr)">{buttons}</div></div>')
-
-
-def tiles_of(tiles):
-    """Small pictures in rows: of each its number, its URL, what it is, and the text below it."""
-    return '<div class="tiles">' + "".join(
-        f'<button data-cell="{cell}" title="{html.escape(title)}"><img src="{url}" alt="">{text}</button>'
-        for cell, url, title, text in tiles) + "</div>"
-
-
-def beside(*parts):
-    """Pieces of HTML next to each other."""
-    return '<div class="beside">' + "".join(f"<div>{part}</div>" for part in parts) + "</div>"
-
 
 # --- what there is to see and to do ---
 
@@ -257,8 +196,8 @@ class Page:
     def choose(self, action, name):
         """Where an image is chosen, which `action` takes."""
         images = self.studio.images
-        file = gr.Image(label="Upload, or click one below", type="filepath", image_mode=None, height=150,
-                        sources=["upload", "clipboard"], elem_id=f"{name}-file")
+        file = gr.File(label="Upload an image, or click one below", file_types=["image"], height=130,
+                       elem_id=f"{name}-file")
         tiles, others = self.html_of(self.studio.emoji(), elem_id=name), gr.Button("Others", size="sm")
         others.click(self.studio.emoji, None, tiles, show_progress="hidden")
         self.follow(file.upload, lambda now, path: action(now, ImageSet.prepare(read_image(path), images.size)), file)
@@ -268,7 +207,7 @@ class Page:
         gr.Markdown("Each place has one of the codebook's codes. Click one to see what it stands for.")
         self.views["tokens"].render()
         with gr.Row():
-            code = gr.Number(label="Another code for the token in red (Enter)", precision=0, elem_id="number")
+            code = gr.Number(0, label="Another code for the token in red (Enter)", precision=0, elem_id="number")
             back = gr.Button("All as they were", size="sm", elem_id="back")
         self.views["code"].render()
         self.follow(self.views["tokens"].click, lambda now, place: replace(now, place=place))
@@ -279,7 +218,8 @@ class Page:
     def mix(self):
         gr.Markdown("Places in orange have the second image's tokens. Click one to change that.")
         with gr.Row():
-            self.views["mixture"].render()
+            with gr.Column(scale=3):
+                self.views["mixture"].render()
             with gr.Column(min_width=220):
                 self.choose(self.studio.take_second, "second")
         self.follow(self.views["mixture"].click, self.studio.toggle)
@@ -333,23 +273,31 @@ def page_of(studio, generator, captioner):
     return blocks
 
 
+def open_generator(folder, device):
+    """A VisualLM and the VQRAE whose codes it writes: inside its folder, or beside it, as shipped models share one."""
+    own = folder / "vqrae"
+    lm = vqrae.VisualLM.from_pretrained(folder).to(device)
+    model = vqrae.VQRAE.from_pretrained(own if own.is_dir() else folder.with_name("stage2")).to(device)
+    if lm.config.codebook_size != model.config.codebook_size:
+        raise InputError(f"the model in {folder} writes {lm.config.codebook_size} codes, and its tokenizer has "
+                         f"{model.config.codebook_size}; they were not trained together")
+    return lm, model
+
+
 def open_page(args, device):
     """The page of the models that the flags name."""
-    def there(kind, folder):
-        return f"There is no model in {folder}; `python train.py` {kind.made_by}." if not folder.is_dir() else (
-            kind.from_pretrained(folder).to(device))
-
+    sentence = "There is no model in {}; `python train.py --stage {}` makes one."
     model = vqrae.VQRAE.from_pretrained(trained(args.model)).to(device)
     if model.config.quantizer == "none":
         raise InputError(f"the model in {args.model} has no codes to play with (--quantizer none)")
     images, training = (open_images(args.data, split, model.config.image_size) for split in ("val", "train"))
     folder = trained(args.generator)
-    generator, painter = there(vqrae.VisualLM, folder), there(vqrae.VQRAE, folder / "vqrae")
-    if not isinstance(generator, str):
-        generator = generator, model if isinstance(painter, str) else painter
+    generator = open_generator(folder, device) if folder.is_dir() else sentence.format(folder, "ar")
+    folder = trained(args.captioner)
+    captioner = vqrae.Captioner.from_pretrained(folder).to(device) if folder.is_dir() else (
+        sentence.format(folder, "caption"))
     print("Looking where training images have which codes, once; kept in", args.out, flush=True)
-    studio = Studio(model, images, training, args.out, device)
-    return page_of(studio, generator, there(vqrae.Captioner, trained(args.captioner)))
+    return page_of(Studio(model, images, training, args.out, device), generator, captioner)
 
 
 def parse_args(argv=None):

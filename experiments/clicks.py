@@ -77,6 +77,11 @@ def main(argv=None):
             page.wait_for_timeout(300)
         print(f"from click to picture: median {statistics.median(times):.0f} ms, longest {max(times):.0f} ms")
         if args.picture:
+            page.click("#back")
+            page.wait_for_selector("text=0 swapped")
+            look_at(page, 27)
+            swap_near(page, 1)
+            page.mouse.move(0, 0)
             page.screenshot(path=args.picture)
             print(args.picture)
 
