@@ -196,9 +196,8 @@ class Page:
     def choose(self, action, name):
         """Where an image is chosen, which `action` takes."""
         images = self.studio.images
-        file = gr.File(label="Upload an image, or click one below", file_types=["image"], height=130,
-                       elem_id=f"{name}-file")
-        tiles, others = self.html_of(self.studio.emoji(), elem_id=name), gr.Button("Others", size="sm")
+        file = gr.UploadButton("Upload an image", file_types=["image"], elem_id=f"{name}-file")
+        tiles, others = self.html_of(self.studio.emoji(), elem_id=name), gr.Button("Other emoji", size="sm")
         others.click(self.studio.emoji, None, tiles, show_progress="hidden")
         self.follow(file.upload, lambda now, path: action(now, ImageSet.prepare(read_image(path), images.size)), file)
         self.follow(tiles.click, lambda now, place: action(now, images[place][0]))

@@ -232,6 +232,13 @@ def wait_for(condition, limit=60):
         time.sleep(0.05)
 
 
+def upload(page, path):
+    """Choose a file in the dialogue behind the button."""
+    with page.expect_file_chooser() as chooser:
+        page.click("#emoji-file")
+    chooser.value.set_files(path)
+
+
 def test_a_click_on_a_token_shows_its_code(page):
     look_at(page, 5)
     assert page.inner_text("#code b") == str(numbers_on(page)[5])
@@ -277,7 +284,7 @@ def test_a_click_in_the_mixture_takes_a_place_from_the_other_image(page):
 
 def test_a_file_is_read_and_its_tokens_shown(page, models, tmp_path):
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(tmp_path / "a.png")
-    page.set_input_files("#emoji-file input", tmp_path / "a.png")
+    upload(page, tmp_path / "a.png")
     image = torch.from_numpy(np.array(Image.open(tmp_path / "a.png"))).permute(2, 0, 1)[None] / 255
     expected = models[0]["model"].encode(image)[1][0].tolist()
     wait_for(lambda: numbers_on(page) == expected)
@@ -286,7 +293,7 @@ def test_a_file_is_read_and_its_tokens_shown(page, models, tmp_path):
 def test_a_file_that_is_no_image_is_a_sentence_on_the_page(page, tmp_path):
     before = numbers_on(page)
     (tmp_path / "a.png").write_bytes(b"nothing")
-    page.set_input_files("#emoji-file input", tmp_path / "a.png")
+    upload(page, tmp_path / "a.png")
     page.wait_for_selector("text=as an image: damaged, or of no kind that Pillow knows")
     page.click(".toast-close")
     assert numbers_on(page) == before
