@@ -125,7 +125,8 @@ class Studio:
         one, two = self.images[0][0], self.images[len(self.images) // 2][0]
         side = self.images.size // self.model.config.encoder.patch_size
         right = tuple(place % side >= side // 2 for place in range(side**2))
-        return self.take(self.take_second(Session((), right, side**2 // 2), two), one)
+        middle = side**2 // 2 + side // 2
+        return self.take(self.take_second(Session((), right, middle), two), one)
 
     @torch.no_grad()
     def take(self, now, image):

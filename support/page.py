@@ -18,7 +18,7 @@ CLICK = """element.addEventListener('click', event => {
 
 STYLE = """
 .beside { display: flex; flex-wrap: wrap; gap: 1rem }
-.beside > div { flex: 1; max-width: 27rem }
+.beside > div { flex: 1 1 15rem; max-width: 27rem }
 .picture { position: relative; aspect-ratio: 1; border: 1px solid #8888 }
 .picture img { width: 100%; height: 100%; image-rendering: pixelated }
 .cells { position: absolute; inset: 0; display: grid }
