@@ -196,7 +196,7 @@ def server(models, halves, tmp_path_factory):
         process = subprocess.Popen(
             [sys.executable, "-c", SERVER, *flags, "--data", str(halves), "--out", str(said.parent), "--device",
              "cpu"], cwd=ROOT, stdout=file, stderr=file)
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + 600
     while not (found := re.search(r"http://\S+", said.read_text())):
         assert process.poll() is None and time.monotonic() < deadline, said.read_text()
         time.sleep(0.1)
