@@ -1,10 +1,12 @@
 """What test files share: small models, folders of pictures, short training runs."""
 
+import base64
 import copy
 import importlib.util
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -206,6 +208,20 @@ def qwen3_with_text(qwen3_twin, tmp_path):
     text.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     text.save(str(tmp_path / "qwen3/tokenizer.json"))
     return tmp_path / "qwen3", text
+
+
+# --- HTML of a page ---
+
+
+def pictures_in(html):
+    """The images in some HTML, as arrays (H, W, 3)."""
+    return [np.asarray(Image.open(io.BytesIO(base64.b64decode(data))))
+            for data in re.findall(r"data:image/png;base64,([^\"]*)", html)]
+
+
+def cells_in(html):
+    """The numbers of the buttons in some HTML."""
+    return [int(cell) for cell in re.findall(r'data-cell="(\d+)"', html)]
 
 
 # --- odd files ---

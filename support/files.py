@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+import sys
 import tempfile
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, fields
@@ -14,8 +15,24 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 
+PRETRAINED = Path(__file__).resolve().parent.parent / "data/pretrained"  # the models that come with the code
+
+
 class InputError(ValueError):
     """A mistake in the user's input that one sentence explains; the drivers print it without a traceback."""
+
+
+def trained(folder):
+    """The folder of a model. For a default that is not there, out/NAME, the one that came with the code, and a line.
+
+    Where there is none either the folder stays what it was, for whoever reads it to complain.
+    """
+    folder = Path(folder)
+    shipped = PRETRAINED / folder.name
+    if folder.exists() or folder.parent != Path("out") or not shipped.is_dir():
+        return folder
+    print(f"{folder} is not there; using {shipped}, which came with the code", file=sys.stderr)
+    return shipped
 
 
 def part_of(path):

@@ -173,6 +173,7 @@ LOWER = {  # what each room may import of ours; experiments and tests import wha
     "export": {"support", "vqrae", "presets"},
     "train": {"support", "vqrae", "presets", "unitok", "export"},
     "sample": {"support", "vqrae", "presets", "unitok", "export"},
+    "demo": {"support", "vqrae", "presets"},
     "data": {"support", "vqrae", "presets", "unitok", "export", "prepare"},
 }
 
