@@ -352,7 +352,7 @@ def start_codebook(quantizer, z, steps=6, generator=None):
     for step in range(steps + 10):  # `steps` rounds, and up to 10 more while a code has too few tokens
         indices = kmeans.search(short)  # (n,)
         counts = torch.bincount(indices, minlength=K)  # (K,)
-        few = 0.25 * len(z) / K
+        few = 0.4 * len(z) / K
         weak = counts < few
         if step >= steps and not weak.any():
             break
