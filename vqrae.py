@@ -363,7 +363,7 @@ def start_codebook(quantizer, z, steps=6, generator=None):
         # once features move. So codes with little to do start again, each beside a code whose tokens lose most in all
         # and are enough for two (Linde, Buzo and Gray 1980).
         lost = torch.zeros(K, device=z.device).index_add_(0, indices, errors)  # (K,)
-        lost[counts < 2 * few] = 0
+        lost[counts < 2 * few] *= 1e-6  # the last ones to be asked
         worst = lost.topk(int(weak.sum())).indices
         spread = (lost[worst] / counts[worst].clamp(min=1) / axes.shape[1]).sqrt()[:, None]
         aside = torch.randn(len(worst), axes.shape[1], generator=generator).to(z)
