@@ -10,13 +10,15 @@ from torchvision.transforms.v2 import functional as pixels
 
 import sample
 import vqrae
-from conftest import small_model
+from conftest import needs, small_model
 from support.images import ImageSet, eight_bits
 from support.metrics import evaluate, psnr
 
 
 @pytest.fixture
 def without_network(monkeypatch):
+    needs("torch_fidelity", "lpips")
+
     def refuse(*address, **how):
         raise URLError("no network here")
 
@@ -27,6 +29,7 @@ def without_network(monkeypatch):
 @pytest.fixture(scope="module")
 def random_inception(tmp_path_factory):
     """A folder in which torch.hub finds weights of Inception-v3, random ones, and their path in it."""
+    needs("torch_fidelity")
     from torch_fidelity import feature_extractor_inceptionv3 as inception
 
     path = tmp_path_factory.mktemp("torch") / "hub/checkpoints" / inception.URL_INCEPTION_V3.split("/")[-1]
