@@ -22,7 +22,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train  # noqa: E402
 import vqrae  # noqa: E402
-from experiments.gpu import QWEN3, Place  # noqa: E402
+from experiments.gpu import QWEN3, SMALL_LM, SMALL_TRAINING, Place  # noqa: E402
 from presets import PRESETS  # noqa: E402
 from support.run import Run  # noqa: E402
 from support.settings import number  # noqa: E402
@@ -51,14 +51,12 @@ def kept_for_backward(forward, held):
     places, kept = {tensor.untyped_storage().data_ptr() for tensor in held}, {}
 
     def keep(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in places:
-            kept[storage.data_ptr()] = (storage.nbytes(), tensor)  # held on to: its place is nobody else's
-        return tensor
+        if tensor.untyped_storage().data_ptr() not in places:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.detach()  # so that its place is nobody else's
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda nothing: nothing):
         forward()
-    return sum(nbytes for nbytes, _ in kept.values())
+    return size(kept.values())
 
 
 def attend(q, k, v, mask=None):
@@ -68,7 +66,7 @@ def attend(q, k, v, mask=None):
 
 def tokenizer_memory(place, name, more):
     """(bytes that a run of stage 1 holds, those of its next image), with the flags in `more` of stage 2."""
-    sizes = [] if not place.small else ["--image-size", "16", "--codebook-size", "32", "--codebook-dim", "8"]
+    sizes = SMALL_TRAINING if place.small else []
     args = train.parse_args([
         "--stage", "1", "--preset", name, "--encoder", str(place.encoder(name)), "--data", str(place.pictures()),
         "--perceptual", "vfm", "--device", "cpu", "--precision", "bf16", "--workers", "0", *sizes, *more])
@@ -95,7 +93,7 @@ def tokenizer_memory(place, name, more):
 
 def transformer_memory(place):
     """The same of stage ar: pictures of 256 codes behind captions of WORDS tokens."""
-    sizes = vqrae.LMConfig(**({**QWEN3, "text_vocabulary": 50, "width": 32, "depth": 2} if place.small else QWEN3))
+    sizes = vqrae.LMConfig(**{**QWEN3, **(SMALL_LM if place.small else {})})
     model = vqrae.VisualLM(sizes)
     tokens = torch.randint(sizes.text_vocabulary, sizes.text_vocabulary + sizes.codebook_size, (2, WORDS + 256))
     tokens[:, :WORDS] = 1

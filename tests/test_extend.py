@@ -50,7 +50,7 @@ def test_the_encoder_of_the_page_is_trained_and_saved(run_section):
     assert "encoder.layers.0.weight" in saved and "encoder.blocks.0.norm1.weight" not in saved
     assert np.isfinite(lines[-1]["val_psnr"])
     model = vqrae.VQRAE.from_pretrained(out)  # by the lines of the page, which are still in force
-    assert model.encode(torch.rand(2, 3, 16, 16))[0].shape == (2, 16, 24)
+    assert model.encode(torch.rand(2, 3, 16, 16))[0].shape == (2, 4, 192)
 
 
 def test_the_quantizer_of_the_page_uses_its_codes_and_finds_them_again(run_section):
