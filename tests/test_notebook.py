@@ -11,6 +11,7 @@ import torch
 
 from conftest import ROOT
 
+pytestmark = pytest.mark.filterwarnings("ignore:__array")  # matplotlib takes tensors by NumPy's old protocol
 NOTEBOOK = ROOT / "docs/vq.ipynb"
 CELLS = json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
 CODE = [cell for cell in CELLS if cell["cell_type"] == "code"]
