@@ -1,6 +1,7 @@
 """Table 2's measures: rFID, LPIPS, and images compared at another size than the model's; nothing is downloaded."""
 
 import json
+import sys
 from urllib.error import URLError
 
 import pytest
@@ -109,6 +110,15 @@ def test_lpips_is_that_of_originals_and_reconstructions_when_it_is_asked_for(sav
 @pytest.mark.parametrize("flag, network", [("--rfid", "Inception-v3"), ("--lpips", "VGG16")])
 def test_weights_that_cannot_be_had_are_one_sentence(flag, network, without_network, saved_model, photo_folder):
     with pytest.raises(SystemExit, match=f"error: the weights of {network}, .* cannot be fetched .*no network") as end:
+        sample.main(["evaluate", "--model", str(saved_model), "--data", str(photo_folder), flag])
+    assert "\n" not in str(end.value)
+
+
+@pytest.mark.parametrize("flag", ["--rfid", "--lpips"])
+def test_a_missing_package_is_one_sentence(flag, saved_model, photo_folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lpips", None)
+    monkeypatch.setattr("torchmetrics.image.fid._TORCH_FIDELITY_AVAILABLE", False)
+    with pytest.raises(SystemExit, match="needs a package more: pip install -r requirements-extra.txt ") as end:
         sample.main(["evaluate", "--model", str(saved_model), "--data", str(photo_folder), flag])
     assert "\n" not in str(end.value)
 
