@@ -36,8 +36,8 @@ from support.text import END_OF_TEXT, START_OF_IMAGE, train_text_tokenizer
 # One thread a process, here and in what a test starts: at a test's sizes more of them wait for each other.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
-CACHE = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)  # of datasets, which reads this when it is imported
-os.environ.update(HF_DATASETS_CACHE=CACHE.name, HF_DATASETS_DISABLE_PROGRESS_BARS="1")
+CACHE = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)  # of packages that read this when they are imported
+os.environ.update(HF_DATASETS_CACHE=CACHE.name, HF_DATASETS_DISABLE_PROGRESS_BARS="1", TRACKIO_DIR=CACHE.name)
 
 settings.register_profile("repeatable", max_examples=20, deadline=None, derandomize=True)
 settings.load_profile("repeatable")
@@ -55,6 +55,12 @@ def pytest_addoption(parser):
 def device(request):
     """The torch device of --device."""
     return choose_device(request.config.getoption("--device"))
+
+
+def needs(*packages):
+    """Skip a test, or all of a file, where a package of requirements-extra.txt is missing."""
+    for package in packages:
+        pytest.importorskip(package, reason=f"{package} is missing: pip install -r requirements-extra.txt")
 
 
 # --- small models, and twins of them in transformers ---
@@ -285,6 +291,7 @@ def coloured_png(i):
 
 def write_tars(folder, count, images):
     """WebDataset's tars: 00000.png, of colour i, with a mask, depth and captions, and what macOS adds to each file."""
+    needs("datasets")  # without which nothing here reads them
     folder.mkdir()
     for number in range(count):
         with tarfile.open(folder / f"some-{number:06}.tar", "w") as tar:
@@ -301,6 +308,7 @@ def write_tars(folder, count, images):
 
 def pack(source, out, *more):
     """Pack images by data/imagenet/prepare.py, which is no module."""
+    needs("datasets")
     packing = importlib.util.spec_from_file_location("packing", ROOT / "data/imagenet/prepare.py")
     prepare = importlib.util.module_from_spec(packing)
     packing.loader.exec_module(prepare)

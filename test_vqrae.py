@@ -23,8 +23,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import vqrae
-from conftest import (ROOT, SIZES, assert_paints_nearly_alike, edit, family_twin, normalise, seeds, small_captioner,
-                      small_lm, small_model, small_vit, started_model, text_lm)
+from conftest import (ROOT, SIZES, assert_paints_nearly_alike, edit, family_twin, needs, normalise, seeds,
+                      small_captioner, small_lm, small_model, small_vit, started_model, text_lm)
 from export import save_encoder
 from presets import PRESETS
 from support.files import InputError
@@ -745,7 +745,9 @@ def test_what_is_not_pretrained_starts_small_and_codes_of_simvq_at_length_1():
 
 
 def test_lpips_equals_the_lpips_package_on_random_weights():
-    lpips = pytest.importorskip("lpips")
+    needs("lpips")
+    import lpips
+
     torch.manual_seed(0)
     network = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
     x, y = torch.rand(2, 2, 3, 64, 64)
@@ -756,7 +758,9 @@ def test_lpips_equals_the_lpips_package_on_random_weights():
 
 
 def test_the_papers_perceptual_loss_at_its_weight_is_lpips_plus_a_tenth_of_the_convnext_logits():
-    lpips = pytest.importorskip("lpips")
+    needs("lpips")
+    import lpips
+
     from torchvision.models import convnext_small
 
     torch.manual_seed(0)

@@ -9,9 +9,12 @@ from support.files import InputError
 
 @contextmanager
 def fetching(name, instead):
-    """InputError, with what to do `instead`, when the weights of a network cannot be fetched."""
+    """InputError, with what to do `instead`, when a network's package is missing or its weights cannot be fetched."""
     try:
         yield
+    except ImportError as error:
+        raise InputError(f"{name} needs a package more: pip install -r requirements-extra.txt ({error}); {instead}"
+                         ) from None
     except Exception as error:  # no network, a cut transfer, a wrong hash, a damaged file: all have types of their own
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise InputError(f"the weights of {name} cannot be fetched ({reason}); {instead}") from None
@@ -19,9 +22,9 @@ def fetching(name, instead):
 
 def lpips_vgg():
     """LPIPS on VGG16 (Zhang et al. 2018), an lpips.LPIPS."""
-    import lpips
-
     with fetching("VGG16, for LPIPS", "--perceptual vfm, and evaluating without it, need no download"):
+        import lpips
+
         return lpips.LPIPS(net="vgg", verbose=False)
 
 

@@ -34,6 +34,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from support.files import InputError, digest, keep_apart, replace_text, replacing
+from support.follow import check_log, open_log
 from support.images import TrainingOrder
 from support.metrics import codebook_usage
 from support.pictures import draw_curves
@@ -110,6 +111,9 @@ class Run:
 
     def __init__(self, args, config):
         self.args, self.config = args, config
+        self.followed = None  # adds to the log of --log, once the run has begun
+        if args.log:
+            check_log(args.log)
         self.device = choose_device(args.device)
         self.bf16 = args.precision == "bf16" or args.precision == "auto" and multiplies_bf16(self.device)
         self.rank, self.ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -333,6 +337,12 @@ class Run:
                      f"{line['val_tokens']:,} tokens" if "val_tokens" in line else "")
             bar.write(f"step {line['step']}: held-out PSNR {line['val_psnr']:.2f} dB{codes}")
 
+    def follow(self, line, picture):
+        """Add a line of the log, and what `Stage.draw` says that it has drawn or None, to the log of --log."""
+        if self.followed:
+            figures = {name: value for name, value in line.items() if isinstance(value, (int, float))}
+            self.followed(figures.pop("step"), figures, self.args.out / picture.split()[0] if picture else None)
+
     def write_log(self):
         """Write metrics.jsonl anew, one object a line."""
         replace_text(self.args.out / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in self.lines))
@@ -427,6 +437,9 @@ class Run:
                     path.unlink(missing_ok=True)
             stage.start()
         if first:
+            if args.log:
+                # The last step's line waits for the last figures, see `finish`.
+                self.followed = open_log(args.log, args.out, min(self.done, self.config.steps - 1))
             self.write_log()  # without what was written after the last checkpoint
 
     def steps(self, stage):
@@ -450,7 +463,10 @@ class Run:
                 if self.done % args.log_every == 0 or evaluating or last:
                     line = self.log(timed_steps * config.batch_size / (time.time() - timer))
                     if first:
-                        self.report({**line, **(stage.evaluate() if evaluating else {})}, bar)
+                        line |= stage.evaluate() if evaluating else {}
+                        self.report(line, bar)
+                        if self.followed and not last:
+                            self.follow(line, stage.draw() if evaluating else None)
                     timed_steps, timer = 0, time.time()
                 if self.done % args.checkpoint_every == 0 or last:
                     self.seconds, saved = time.time() - self.begun, self.done
@@ -474,6 +490,7 @@ class Run:
         self.write_log()
         draw_curves(lines, out / "curves.png")
         picture = stage.draw()
+        self.follow(lines[-1], picture)
         seconds = time.time() - self.begun
         steady = [line["images_per_second"] for line in lines[1:] or lines]  # the first line has torch's warm-up in it
         settings = {name: value for name, value in self.settings().items() if name != "encoder"}

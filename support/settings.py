@@ -85,6 +85,7 @@ def add_run_flags(parser, out="out/stage1, out/stage2, out/ar, out/caption"):
     add("--resume", action="store_true", help="continue the run in --out from its last checkpoint")
     add("--overwrite", action="store_true", help="start anew in an --out that already holds a run")
     add("--checkpoint-every", type=count, default=200, metavar="N", help="steps between checkpoints")
+    add("--log", choices=["tensorboard", "trackio"], help="follow the run there, too: figures and reconstructions")
     add("--log-every", type=count, default=50, metavar="N", help="steps between lines of metrics.jsonl")
     add("--evaluate-every", type=count, default=600, metavar="N", help="steps between held-out evaluations")
     add("--workers", type=number(int, zero=True, most=1024), metavar="N",

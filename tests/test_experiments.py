@@ -1,9 +1,10 @@
-"""The experiments: ablations in small, and the collapse."""
+"""The experiments: ablations in small, the collapse, and what fits into a memory."""
 
 import itertools
 import re
 import shutil
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from PIL import Image
 import train
 import vqrae
 from conftest import small_model, small_vit
-from experiments import ablate, collapse, semantics
+from experiments import ablate, collapse, memory, semantics
 from export import save_encoder
 from presets import PRESETS
 from support.files import InputError
@@ -198,6 +199,9 @@ def test_an_ablation_of_unitok_ends_in_a_table_and_a_plot(ablation, every, short
     assert (tmp_path / "run/plot.png").exists()
 
 
+# --- what semantics cost ---
+
+
 @torch.no_grad()
 def test_pixels_as_an_encoder_are_the_standardised_patches_and_layers_summed_are_all_blocks():
     encoder, images = small_model().encoder, torch.rand(2, 3, 16, 24)
@@ -259,3 +263,34 @@ def test_what_semantics_cost_is_a_table_of_four_rows_that_is_not_made_twice(shor
     assert (out / "table.md").read_text().splitlines() == table
     with pytest.raises(SystemExit, match="was run with other settings than these"):
         semantics.main([*arguments, "--seed", "5"])
+
+# --- memory ---
+
+
+def test_what_autograd_keeps_is_what_the_profiler_sees_allocated():
+    model = torch.nn.Sequential(*[layer for _ in range(4) for layer in (torch.nn.Linear(64, 64), torch.nn.GELU())])
+    x = torch.randn(512, 64)
+    kept = memory.kept_for_backward(lambda: model(x), model.parameters())
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        y = model(x)  # held, and with it all that is kept
+    allocated = sum(event.self_cpu_memory_usage for event in profile.key_averages())
+    assert kept == pytest.approx(allocated - y.nbytes + x.nbytes, rel=0.01)
+
+
+def test_a_run_holds_its_weights_their_average_gradients_and_two_moments():
+    kept = memory.transformer_memory(SimpleNamespace(small=True))[0]
+    weights = memory.size(vqrae.VisualLM(vqrae.LMConfig(**{**memory.QWEN3, **memory.SMALL_LM})).parameters())
+    assert 5 * weights <= kept < 6.5 * weights
+
+
+def test_settings_that_fit_are_the_largest_part_that_leaves_a_tenth_of_the_memory():
+    assert memory.settings_that_fit(held=2e9, image=1e8, batch=96, gb=8) == "`--accumulate 2`, 48 at a time"
+    assert memory.settings_that_fit(held=2e9, image=1e8, batch=96, gb=7) == "`--accumulate 3`, 32 at a time"
+    assert memory.settings_that_fit(held=7.2e9, image=1e8, batch=96, gb=8) == "-"
+
+
+def test_memory_prints_a_row_for_every_case(capsys, monkeypatch):
+    monkeypatch.setattr(vqrae, "attend", vqrae.attend)  # which it sets to another
+    memory.main(["--small", "--only", "dinov2-s-1", "dinov2-s-2", "qwen3-0.6b-ar", "--gb", "8"])
+    rows = capsys.readouterr().out.splitlines()
+    assert len(rows) == 5 and rows[2].startswith("| `dinov2-s`, stage 1 | ") and rows[4].startswith("| `qwen3-0.6b`, ")

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 import sample
 import vqrae
-from conftest import family_twin, normalise, seeds, small_model, small_vit
+from conftest import family_twin, needs, normalise, seeds, small_model, small_vit
 from export import export_tokens, save_encoder
 from support.images import ImageSet
 
@@ -152,7 +152,9 @@ def test_an_export_does_not_go_on_in_shards_of_another_size(saved_model, photo_f
 
 @pytest.mark.parametrize("K", [40, 4097])  # few codes, and more than the search sees at a time
 def test_exported_onnx_graphs_say_what_torch_says_of_batches_of_any_size(K, saved_model, tmp_path, capsys):
-    onnxruntime = pytest.importorskip("onnxruntime", reason="pip install onnx onnxscript onnxruntime")
+    needs("onnx", "onnxscript", "onnxruntime")
+    import onnxruntime
+
     small_model(codebook_size=K).save_pretrained(saved_model)
     sample.main(["export", "--format", "onnx", "--model", str(saved_model), "--out", str(tmp_path / "out"), "--device",
                  "cpu", "--image-size", "24"])

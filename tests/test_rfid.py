@@ -1,6 +1,7 @@
 """Table 2's measures: rFID, LPIPS, and images compared at another size than the model's; nothing is downloaded."""
 
 import json
+import sys
 from urllib.error import URLError
 
 import pytest
@@ -10,13 +11,15 @@ from torchvision.transforms.v2 import functional as pixels
 
 import sample
 import vqrae
-from conftest import small_model
+from conftest import needs, small_model
 from support.images import ImageSet, eight_bits
 from support.metrics import evaluate, psnr
 
 
 @pytest.fixture
 def without_network(monkeypatch):
+    needs("torch_fidelity", "lpips")
+
     def refuse(*address, **how):
         raise URLError("no network here")
 
@@ -27,6 +30,7 @@ def without_network(monkeypatch):
 @pytest.fixture(scope="module")
 def random_inception(tmp_path_factory):
     """A folder in which torch.hub finds weights of Inception-v3, random ones, and their path in it."""
+    needs("torch_fidelity")
     from torch_fidelity import feature_extractor_inceptionv3 as inception
 
     path = tmp_path_factory.mktemp("torch") / "hub/checkpoints" / inception.URL_INCEPTION_V3.split("/")[-1]
@@ -106,6 +110,15 @@ def test_lpips_is_that_of_originals_and_reconstructions_when_it_is_asked_for(sav
 @pytest.mark.parametrize("flag, network", [("--rfid", "Inception-v3"), ("--lpips", "VGG16")])
 def test_weights_that_cannot_be_had_are_one_sentence(flag, network, without_network, saved_model, photo_folder):
     with pytest.raises(SystemExit, match=f"error: the weights of {network}, .* cannot be fetched .*no network") as end:
+        sample.main(["evaluate", "--model", str(saved_model), "--data", str(photo_folder), flag])
+    assert "\n" not in str(end.value)
+
+
+@pytest.mark.parametrize("flag", ["--rfid", "--lpips"])
+def test_a_missing_package_is_one_sentence(flag, saved_model, photo_folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lpips", None)
+    monkeypatch.setattr("torchmetrics.image.fid._TORCH_FIDELITY_AVAILABLE", False)
+    with pytest.raises(SystemExit, match="needs a package more: pip install -r requirements-extra.txt ") as end:
         sample.main(["evaluate", "--model", str(saved_model), "--data", str(photo_folder), flag])
     assert "\n" not in str(end.value)
 

@@ -19,7 +19,7 @@ from PIL import Image
 
 import sample
 import vqrae
-from conftest import command, edit, small_captioner, small_model, small_vit, write_tars, write_variants
+from conftest import command, edit, needs, small_captioner, small_model, small_vit, write_tars, write_variants
 from export import save_encoder
 from presets import SAMPLING
 from support.images import ImageSet, drawn_here, eight_bits
@@ -401,6 +401,7 @@ def test_a_full_disk_is_a_sentence_and_what_stood_there_before_stays(arguments, 
 
 def test_evaluate_fetches_nothing_unless_lpips_is_asked_for(saved_model, photo_folder, encoder_folder, tmp_path,
                                                             monkeypatch, capsys):
+    needs("lpips")
     asked = []
 
     def no_network(*args, **kwargs):

@@ -14,14 +14,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value, load_from_disk
-from datasets import Image as ImageColumn
 from PIL import Image
 
-from conftest import coloured_png, command, number_of, pack, swapped_profile, write_tars
+from conftest import coloured_png, command, needs, number_of, pack, swapped_profile, write_tars
 from support.files import InputError
 from support.images import TrainingOrder, read_image
 from support.sets import Stream, decode_image, open_images
+
+needs("datasets")
+from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value, load_from_disk  # noqa: E402
+from datasets import Image as ImageColumn  # noqa: E402
 
 
 def numbers(batches):

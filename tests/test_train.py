@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 import sample
 import train
 import vqrae
-from conftest import (assert_resume_is_exact, begin, make_run, small_model, small_vit, take_steps, without_sizes,
+from conftest import (assert_resume_is_exact, begin, make_run, needs, small_model, small_vit, take_steps, without_sizes,
                       write_tars)
 from export import save_encoder
 from support.files import InputError
@@ -79,6 +79,8 @@ def test_q_other_than_p_trains_and_sample_uses_the_size_of_training(short_run, t
 
 
 def test_networks_that_cannot_be_fetched_are_one_sentence_that_names_the_way_out(monkeypatch, tmp_path, short_run):
+    needs("lpips")
+
     def no_network(*args, **kwargs):
         raise urllib.error.URLError("no network")
 

@@ -42,7 +42,8 @@ def toy_run(**changes):
     """A Run of a Place under plain gradient descent at a rate of 1, unless `changes` say otherwise."""
     config = dict(batch_size=4, accumulate=1, steps=1000, warmup_steps=1, end_factor=1.0, max_grad_norm=1e9,
                   ema_decay=0.0)
-    run = Run(SimpleNamespace(device="cpu", precision="fp32", seed=0), SimpleNamespace(**{**config, **changes}))
+    args = SimpleNamespace(device="cpu", precision="fp32", seed=0, log=None)
+    run = Run(args, SimpleNamespace(**{**config, **changes}))
     place = Place()
     run.train(place, plain_descent(place))
     return run

@@ -19,7 +19,6 @@ import shutil
 import sys
 from pathlib import Path
 
-import datasets
 import numpy as np
 from PIL import Image
 from torchvision.transforms import functional as pixels
@@ -30,6 +29,11 @@ from support.files import InputError, digest  # noqa: E402
 from support.images import ImageSet, read_image  # noqa: E402
 from support.run import one_sentence_errors  # noqa: E402
 from support.settings import number  # noqa: E402
+
+try:
+    import datasets
+except ImportError as missing:
+    sys.exit(f"error: packing needs a package more: pip install datasets ({missing})")
 
 PART = 8192  # images that are packed at a time, and lost if that is interrupted
 
