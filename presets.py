@@ -187,8 +187,8 @@ PRESETS = {
     "tiny": {
         "1": TINY,
         # Half of the paper's adversarial weight: the distance of features was lowest with it in short runs.
-        "2": replace(TINY, distillation_weight=1.0, adversarial_weight=0.05, discriminator_start=1050, steps=1300,
-                     learning_rate=1.4e-3, muon_learning_rate=7e-3, encoder_learning_rate=1.4e-3,
+        "2": replace(TINY, distillation_weight=1.0, adversarial_weight=0.05, discriminator_start=850, steps=1300,
+                     learning_rate=7e-4, muon_learning_rate=3.5e-3, encoder_learning_rate=1e-3,
                      discriminator_learning_rate=4e-4),
         "ar": GenerationConfig(
             **{**TINY_LM, "muon_learning_rate": 8e-3}, tokenizer="out/stage2", caption_dropout=0.1, style_dropout=0.2,
