@@ -425,8 +425,9 @@ class Decoder(nn.Module):
         for block in self.blocks:
             x = block(x)  # (B, N, d)
         x = self.head(self.norm(x)).transpose(1, 2)  # (B, 3*(q+2m)^2, N)
-        painted, weight = self.place(self.window * x, rows, columns), self.window.expand(1, -1, rows * columns)
-        return painted / self.place(weight, rows, columns)  # (B, 3, rows*q, columns*q); at the image's edge 1 is short
+        painted = self.place(self.window * x, rows, columns)  # (B, 3, rows*q, columns*q)
+        # The weights add up to 1, but at the image's edge, where no neighbour adds its part.
+        return painted / self.place(self.window.expand(1, -1, rows * columns), rows, columns)
 
     def place(self, patches, rows, columns):
         """Patches (B, 3*(q+2m)^2, rows*columns) at their places, added where they overlap, as images."""
@@ -636,9 +637,8 @@ class VFMPerceptual(nn.Module):
     Needs no download and no convolution. LPIPS' recipe on tokens: after each of the first sixth of the blocks (what
     later ones see is no better guide to pixels), scale each token to unit length, take squared differences; and before
     the first block, those of the steps between neighbouring pixels, where an eye sees noise and seams that a pixel's
-    own value hardly shows. Encoder and decoder share one grid of patches, so a seam
-    between two patches of the output would fall between two patches of the encoder, unseen; therefore both images are
-    cropped, at one random offset.
+    own value hardly shows. Encoder and decoder share one grid of patches, so a seam between two patches of the output
+    would fall between two patches of the encoder, unseen; therefore both images are cropped, at one random offset.
     """
 
     def __init__(self, encoder):

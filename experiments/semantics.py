@@ -27,13 +27,13 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train  # noqa: E402
 import vqrae  # noqa: E402
-from experiments.ablate import refuse_other_work, stage_1_args, write_table  # noqa: E402
+from experiments.ablate import refuse_chosen, refuse_other_work, stage_1_args, write_table  # noqa: E402
 from support.files import InputError, read_json, replace_text  # noqa: E402
 from support.images import eight_bits  # noqa: E402
 from support.metrics import codebook_usage, evaluate, psnr, understanding  # noqa: E402
 from support.run import Run, one_sentence_errors  # noqa: E402
 from support.sets import open_images  # noqa: E402
-from unitok import new_tokenizer  # noqa: E402
+from unitok import DEFAULTS, new_tokenizer  # noqa: E402
 
 
 class Pixels(vqrae.Encoder):
@@ -116,8 +116,6 @@ def pixel_k_means(args, config, rounds=25):
     run = Run(args, config)
     train_images, val_images = run.read_images(config.image_size)
     begin, sizes = time.time(), new_tokenizer(config, train_images).config
-    if config.image_size % sizes.output_patch_size:
-        raise InputError(f"--image-size {config.image_size} does not divide into patches of {sizes.output_patch_size}")
     patches, generator = [], torch.Generator().manual_seed(args.seed)
     for images in train_images.views(64, run.device, run.workers):
         patches.append(F.unfold(images, sizes.output_patch_size, stride=sizes.output_patch_size).transpose(1, 2))
@@ -162,6 +160,7 @@ def semantics(args):
 
     InputError when it was done with other settings.
     """
+    refuse_chosen(args, "quantizer", "output_patch_size", *DEFAULTS)  # one codebook, and patches of the encoder's size
     config, results = train.settings_for(args, "1"), {}
     settings = json.loads(json.dumps({"seed": args.seed, **asdict(config)}))
     for reads in args.rows or ["k-means", *READERS]:

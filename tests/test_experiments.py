@@ -250,6 +250,12 @@ def test_what_codes_are_worth_without_a_decoder_is_what_least_squares_makes_of_n
         assert found[name] == pytest.approx(np.mean(-10 * np.log10(errors.mean((1, 2)))), abs=0.05)
 
 
+@pytest.mark.parametrize("extra", [["--quantizer", "none"], ["--codebooks", "2"], ["--output-patch-size", "4"]])
+def test_what_semantics_cost_is_asked_of_one_codebook_and_of_patches_of_one_size(extra, tmp_path):
+    with pytest.raises(SystemExit, match=f"error: semantics.py chooses {extra[0]} itself"):
+        semantics.main(["--out", str(tmp_path / "out"), *extra])
+
+
 def test_what_semantics_cost_is_a_table_of_four_rows_that_is_not_made_twice(short_run, tmp_path, monkeypatch):
     save_encoder(vqrae.Encoder(small_vit(width=48)), tmp_path / "encoder")  # as many channels as a patch has values
     arguments = [*short_run[2:], "--encoder", str(tmp_path / "encoder")]
