@@ -2,6 +2,8 @@
 
 import base64
 import copy
+import functools
+import importlib
 import importlib.util
 import io
 import json
@@ -55,6 +57,18 @@ def pytest_addoption(parser):
 def device(request):
     """The torch device of --device."""
     return choose_device(request.config.getoption("--device"))
+
+
+@functools.cache
+def module_of(script):
+    """The module in a file of ours, however it is called and wherever it is."""
+    name = script.removesuffix(".py").replace("/", ".")
+    if "/" not in script or script.startswith("support/"):
+        return importlib.import_module(name)
+    found = importlib.util.spec_from_file_location(name, ROOT / script)
+    module = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+    return module
 
 
 def needs(*packages):

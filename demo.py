@@ -30,6 +30,7 @@ from support.run import choose_device, one_sentence_errors
 from support.settings import number, refuse_dashes
 from support.sets import open_images
 from support.text import caption_of
+from unitok import load_generator
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when it is imported
 try:
@@ -273,27 +274,18 @@ def page_of(studio, generator, captioner):
     return blocks
 
 
-def open_generator(folder, device):
-    """A VisualLM and the VQRAE whose codes it writes: inside its folder, or beside it, as shipped models share one."""
-    own = folder / "vqrae"
-    lm = vqrae.VisualLM.from_pretrained(folder).to(device)
-    model = vqrae.VQRAE.from_pretrained(own if own.is_dir() else folder.with_name("stage2")).to(device)
-    if lm.config.codebook_size != model.config.codebook_size:
-        raise InputError(f"the model in {folder} writes {lm.config.codebook_size} codes, and its tokenizer has "
-                         f"{model.config.codebook_size}; they were not trained together")
-    return lm, model
-
-
 def open_page(args, device):
     """The page of the models that the flags name."""
     sentence = "There is no model in {}; `python train.py --stage {}` makes one."
-    model = vqrae.VQRAE.from_pretrained(trained(args.model)).to(device)
+    model = vqrae.VQRAE.from_pretrained(args.model or trained("out/stage2")).to(device)
     if model.config.quantizer == "none":
         raise InputError(f"the model in {args.model} has no codes to play with (--quantizer none)")
     images, training = (open_images(args.data, split, model.config.image_size) for split in ("val", "train"))
-    folder = trained(args.generator)
-    generator = open_generator(folder, device) if folder.is_dir() else sentence.format(folder, "ar")
-    folder = trained(args.captioner)
+    folder = args.generator or trained("out/ar")
+    generator = load_generator(folder, device) if folder.is_dir() else sentence.format(folder, "ar")
+    if not isinstance(generator, str) and type(generator[1]) is not vqrae.VQRAE:
+        raise InputError(f"the page draws with a VQRAE, and {folder} writes the codes of a {type(generator[1]).__name__}")
+    folder = args.captioner or trained("out/caption")
     captioner = vqrae.Captioner.from_pretrained(folder).to(device) if folder.is_dir() else (
         sentence.format(folder, "caption"))
     print("Looking where training images have which codes, once; kept in", args.out, flush=True)
@@ -303,9 +295,9 @@ def open_page(args, device):
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--model", type=Path, default=Path("out/stage2"), help="tokenizer, a folder that train.py wrote (out/stage2)")
-    add("--generator", type=Path, default=Path("out/ar"), help="what draws from captions (out/ar)")
-    add("--captioner", type=Path, default=Path("out/caption"), help="what captions (out/caption)")
+    add("--model", type=Path, help="tokenizer (default: out/stage2, or the one that came with the code)")
+    add("--generator", type=Path, help="what draws from captions (default: out/ar, or the one that came with the code)")
+    add("--captioner", type=Path, help="what captions (default: out/caption)")
     add("--data", default=str(ROOT / "data/emoji"), help="as for train.py (default: the emoji)")
     add("--out", type=Path, default=Path("out/demo"), help="where the codes of training images are kept (out/demo)")
     add("--device", default="auto", help="auto, cuda, mps or cpu")

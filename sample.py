@@ -28,7 +28,7 @@ from export import export_onnx, export_tokens, save_encoder
 from presets import ROOT, SAMPLING
 from support import metrics, pictures
 from support.codes import codes_of
-from support.files import InputError, keep_apart, read_config, read_json, replacing_all
+from support.files import InputError, keep_apart, read_config, read_json, replacing_all, trained
 from support.images import ImageSet, eight_bits, read_image, resize_to
 from support.metrics import lpips_distance
 from support.networks import inception
@@ -36,7 +36,7 @@ from support.run import choose_device, one_sentence_errors
 from support.settings import add_set_flags, fill_in, leave_open, number, refuse_dashes, sampling_flags
 from support.sets import open_images
 from support.text import caption_of
-from unitok import load_language_model, load_tokenizer, writes_codes_of, zero_shot
+from unitok import load_generator, load_tokenizer, zero_shot
 
 
 def open_model(args, device, load=load_tokenizer):
@@ -44,16 +44,6 @@ def open_model(args, device, load=load_tokenizer):
     model = load(args.model).to(device)
     args.image_size = args.image_size or model.config.image_size
     return model
-
-
-def open_generator(folder, device):
-    """The VisualLM in a folder, and beside it the VQRAE whose codes it writes."""
-    lm, model = load_language_model(folder).to(device), load_tokenizer(folder / "vqrae").to(device)
-    if not writes_codes_of(lm, model):
-        raise InputError(f"{folder} writes {lm.config.codebook_size} codes, {getattr(lm.config, 'codebooks', 1)} at a "
-                         f"place, and the tokenizer in {folder}/vqrae has {model.config.codebook_size}, "
-                         f"{getattr(model.config, 'codebooks', 1)} at a place; they were not trained together")
-    return lm, model
 
 
 def sizes(encoder):
@@ -109,7 +99,7 @@ def reconstruct(args, device):
         images = source.spread(24).to(device)
         versions = [images] + [model(images).reconstruction for model in models]
         if args.generator:
-            lm, tokenizer = open_generator(args.generator, device)
+            lm, tokenizer = load_generator(args.generator, device)
             captions = [caption_of(source.records[place]) for place in source.spread_places(24)]
             versions.append(tokenizer.decode(lm.generate(captions, **SAMPLING, seed=0)))
         path = pictures.free(args.out / "reconstructions.png")
@@ -139,7 +129,7 @@ def write(args, lm, model, captions):
 
 def generate(args, device):
     """Write pictures of every caption, or of none at all: a file each, and grid.png with a row for every caption."""
-    lm, model = open_generator(args.model, device)
+    lm, model = load_generator(args.model, device)
     captions = args.captions or [""]
     count = args.count or (4 if args.captions else 16)
     drawn = write(args, lm, model, [caption for caption in captions for _ in range(count)])  # (n, 3, H, W)
@@ -288,7 +278,7 @@ def print_table(corner, rows, first, other):
 @torch.no_grad()
 def evaluate_generator(args, device):
     """Do pictures show what their captions say, and do they look like the held-out images? See `metrics.generation`."""
-    lm, model = open_generator(args.model, device)
+    lm, model = load_generator(args.model, device)
     encoder, name = vqrae.load_encoder(args.frechet_encoder).to(device), Path(args.frechet_encoder).name
     train_images, val_images = (images_of(args, split, model.config.image_size) for split in ("train", "val"))
     result = metrics.generation(
@@ -318,9 +308,9 @@ def evaluate_captioner(args, device):
 def add_command(commands, command, folder, split=None):
     """A command's parser with the flags that several have; --model and --split are what they are unless given."""
     parser = commands.add_parser(command.__name__, help=command.__doc__, description=command.__doc__)
-    parser.set_defaults(function=command)
+    parser.set_defaults(function=command, folder=folder)
     add = parser.add_argument
-    add("--model", type=Path, default=Path(folder), help=f"folder that train.py wrote ({folder})")
+    add("--model", type=Path, help=f"folder that train.py wrote (default: {folder}, or the model that came with the code)")
     add("--device", default="auto", help="auto, cuda, mps or cpu")
     add("--out", type=Path, default=Path("out/pictures"), help="folder for the pictures")
     add("--batch-size", type=number(int), default=64)
@@ -389,6 +379,7 @@ def parse_args(argv=None):
 def main(argv=None):
     args = parse_args(argv)
     with one_sentence_errors():
+        args.model = args.model or trained(args.folder)
         args.function(args, choose_device(args.device))
 
 

@@ -17,8 +17,8 @@ import sample
 import train
 import unitok
 import vqrae
-from conftest import (assert_paints_nearly_alike, assert_resume_is_exact, make_run, seeds, small_vit, take_steps,
-                      text_lm)
+from conftest import (assert_paints_nearly_alike, assert_resume_is_exact, make_run, seeds, small_model, small_vit,
+                      take_steps, text_lm)
 from support.files import InputError
 from support.images import ImageSet
 from support.metrics import fit_reading
@@ -600,6 +600,20 @@ def test_a_depth_head_around_a_language_model_keeps_all_it_knows(tmp_path):
     assert torch.equal(again.generate(["class0"], seed=3), model.eval().generate(["class0"], seed=3))
     lm.save_pretrained(tmp_path / "lm")
     assert type(unitok.load_language_model(tmp_path / "lm")) is vqrae.VisualLM
+
+
+def test_a_generator_writes_for_the_tokenizer_inside_its_folder_or_for_the_one_that_is_shipped_beside_it(tmp_path):
+    text_lm(codebook_size=32, image_tokens=16).save_pretrained(tmp_path / "ar")
+    small_model(codebook_size=32, seed=1).save_pretrained(tmp_path / "stage2")
+    codes, own = torch.arange(16)[None], small_model(codebook_size=32, seed=2)
+    _, found = unitok.load_generator(tmp_path / "ar", "cpu")
+    assert torch.equal(found.decode(codes), small_model(codebook_size=32, seed=1).decode(codes))
+    own.save_pretrained(tmp_path / "ar/vqrae")
+    _, found = unitok.load_generator(tmp_path / "ar", "cpu")
+    assert torch.equal(found.decode(codes), own.decode(codes))
+    small_model(codebook_size=40).save_pretrained(tmp_path / "ar/vqrae")
+    with pytest.raises(InputError, match="ar writes 32 codes, 1 at a place, and the tokenizer in .*vqrae has 40"):
+        unitok.load_generator(tmp_path / "ar", "cpu")
 
 
 # --- training ---

@@ -588,6 +588,22 @@ def load_language_model(source):
     return (DepthLM if has_codebooks(folder) else vqrae.VisualLM).from_pretrained(folder)
 
 
+def load_generator(folder, device):
+    """What `load_language_model` finds in a folder, and the tokenizer whose codes it writes.
+
+    That one is inside, in vqrae/, or beside it, in stage2/, as models that came with the code share one.
+    """
+    own = Path(folder) / "vqrae"
+    beside = Path(folder).with_name("stage2")
+    place = own if own.is_dir() or not beside.is_dir() else beside
+    lm, model = load_language_model(folder).to(device), load_tokenizer(place).to(device)
+    if not writes_codes_of(lm, model):
+        raise InputError(f"{folder} writes {lm.config.codebook_size} codes, {getattr(lm.config, 'codebooks', 1)} at a "
+                         f"place, and the tokenizer in {place} has {model.config.codebook_size}, "
+                         f"{getattr(model.config, 'codebooks', 1)} at a place; they were not trained together")
+    return lm, model
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # What a training run has of all this: train.py calls these, and for a plain VQRAE they do nothing
 # ----------------------------------------------------------------------------------------------------------------------

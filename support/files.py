@@ -23,13 +23,14 @@ class InputError(ValueError):
 
 
 def trained(folder):
-    """The folder of a model. For a default that is not there, out/NAME, the one that came with the code, and a line.
+    """The folder that a model is read from where none is named: `folder`, or the one that came with the code.
 
-    Where there is none either the folder stays what it was, for whoever reads it to complain.
+    Then a line says so. A tokenizer came of stage 2 alone. Where neither is there, it stays `folder`, for whoever reads
+    it to complain.
     """
     folder = Path(folder)
-    shipped = PRETRAINED / folder.name
-    if folder.exists() or folder.parent != Path("out") or not shipped.is_dir():
+    shipped = PRETRAINED / folder.name.replace("stage1", "stage2")
+    if folder.exists() or not shipped.is_dir():
         return folder
     print(f"{folder} is not there; using {shipped}, which came with the code", file=sys.stderr)
     return shipped

@@ -14,7 +14,9 @@ import torch
 from PIL import Image
 
 import demo
-from conftest import ROOT, cells_in, pictures_in, small_captioner, small_model, started_model, text_lm
+import unitok
+from conftest import (ROOT, cells_in, pictures_in, small_captioner, small_model, small_vit, started_model,
+                      text_lm)
 from experiments.clicks import look_at, open_in_browser, swap_near
 from support.files import InputError
 from support.images import ImageSet, eight_bits
@@ -140,24 +142,19 @@ def test_without_gradio_a_sentence_says_what_to_install(monkeypatch):
         demo.main([])
 
 
-def test_a_generator_writes_for_its_own_tokenizer_or_for_the_one_that_is_shipped_beside_it(tmp_path):
-    text_lm(codebook_size=32, image_tokens=16).save_pretrained(tmp_path / "ar")
-    small_model(codebook_size=32, seed=1).save_pretrained(tmp_path / "stage2")
-    codes, own = torch.arange(16)[None], small_model(codebook_size=32, seed=2)
-    _, found = demo.open_generator(tmp_path / "ar", "cpu")
-    assert torch.equal(found.decode(codes), small_model(codebook_size=32, seed=1).decode(codes))
-    own.save_pretrained(tmp_path / "ar/vqrae")
-    _, found = demo.open_generator(tmp_path / "ar", "cpu")
-    assert torch.equal(found.decode(codes), own.decode(codes))
-    small_model(codebook_size=40).save_pretrained(tmp_path / "ar/vqrae")
-    with pytest.raises(InputError, match="writes 32 codes, and its tokenizer has 40; they were not trained together"):
-        demo.open_generator(tmp_path / "ar", "cpu")
-
-
 def test_a_model_without_codes_is_refused(tmp_path):
     small_model(quantizer="none").save_pretrained(tmp_path)
     with pytest.raises(InputError, match="no codes to play with"):
         demo.open_page(demo.parse_args(["--model", str(tmp_path)]), "cpu")
+
+
+def test_a_generator_of_several_codes_at_a_place_is_refused(written_models, tmp_path):
+    sizes = dict(codebook_size=32, codebook_dim=8, quantizer="mcq", codebooks=4)
+    unitok.DepthLM.around(text_lm(codebook_size=32, image_tokens=16), 4).save_pretrained(tmp_path / "depth")
+    unitok.UniTok(unitok.UniTokConfig(small_vit(), 16, 4, **sizes)).save_pretrained(tmp_path / "depth/vqrae")
+    with pytest.raises(InputError, match="the page draws with a VQRAE, and .*depth writes the codes of a UniTok"):
+        demo.open_page(demo.parse_args(["--model", written_models["vqrae"], "--generator", str(tmp_path / "depth")]),
+                       "cpu")
 
 
 # --- the page in a browser ---

@@ -234,12 +234,13 @@ def test_a_local_folder_is_no_matter_for_the_hub_and_a_name_that_nobody_knows_is
 
 @pytest.mark.parametrize("folder, made, shipped, expected", [
     ("out/ar", ["out/ar"], ["ar"], "out/ar"), ("out/ar", ["out/stage2"], ["ar"], "pretrained/ar"),
-    ("out/ar", [], ["stage2"], "out/ar"), ("runs/ar", [], ["ar"], "runs/ar")])
-def test_a_shipped_model_stands_in_for_a_default_that_was_not_trained_and_is_named(folder, made, shipped, expected,
-                                                                                   tmp_path, monkeypatch, capsys):
+    ("out/ar", [], ["stage2"], "out/ar"), ("out/stage1", [], ["stage2"], "pretrained/stage2"),
+    ("out/stage1", ["out/stage1"], ["stage2"], "out/stage1"), ("out/caption", [], ["stage2", "ar"], "out/caption")])
+def test_a_shipped_model_stands_in_for_one_that_was_not_trained_and_is_named(folder, made, shipped, expected, tmp_path,
+                                                                             monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(files, "PRETRAINED", Path("pretrained"))
     for path in [*made, *(f"pretrained/{name}" for name in shipped)]:
         Path(path).mkdir(parents=True)
     assert files.trained(folder) == Path(expected)
-    assert ("pretrained/ar" in capsys.readouterr().err) == (expected == "pretrained/ar")
+    assert (f"using {expected}" in capsys.readouterr().err) == expected.startswith("pretrained")

@@ -2,8 +2,6 @@
 
 import ast
 import functools
-import importlib
-import importlib.util
 import inspect
 import json
 import re
@@ -14,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from conftest import ROOT, needs, small_model, text_lm
+from conftest import ROOT, module_of, needs, small_model, text_lm
 
 
 def texts_of(*patterns):
@@ -32,18 +30,6 @@ def words_of(notebook):
 PAGES = texts_of("README.md", "CHANGELOG.md", "docs/*.md")
 PAGES |= {page: words_of(notebook) for page, notebook in texts_of("docs/*.ipynb").items()}
 CODE = texts_of("*.py", "support/*.py", "experiments/*.py", "tests/*.py", "data/*/*.py")
-
-
-@functools.cache
-def module_of(script):
-    """The module in a file of ours, however it is called and wherever it is."""
-    name = script.removesuffix(".py").replace("/", ".")
-    if "/" not in script or script.startswith("support/"):
-        return importlib.import_module(name)
-    found = importlib.util.spec_from_file_location(name, ROOT / script)
-    module = importlib.util.module_from_spec(found)
-    found.loader.exec_module(module)
-    return module
 
 
 def modules():
