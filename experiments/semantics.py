@@ -112,17 +112,15 @@ def without_decoder(model, train_images, val_images, device, workers):
 
 @torch.no_grad()
 def pixel_k_means(args, config, rounds=25):
-    """The figures of k-means on as many training patches as stage 1 starts from, as a dict."""
+    """The figures of k-means on all training patches, as a dict."""
     run = Run(args, config)
     train_images, val_images = run.read_images(config.image_size)
-    begin, sizes = time.time(), new_tokenizer(config, train_images).config
-    patches, generator = [], torch.Generator().manual_seed(args.seed)
+    begin, sizes, patches = time.time(), new_tokenizer(config, train_images).config, []
     for images in train_images.views(64, run.device, run.workers):
         patches.append(F.unfold(images, sizes.output_patch_size, stride=sizes.output_patch_size).transpose(1, 2))
     patches = torch.cat(patches).flatten(0, 1)  # (n, 3*p*p)
-    some = patches[torch.randperm(len(patches), generator=generator)[:config.start_tokens].to(patches.device)]
     model = PatchCodebook(sizes, torch.empty(config.codebook_size, patches.shape[1], device=run.device))
-    vqrae.start_codebook(model.quantizer, some, rounds, generator)
+    vqrae.start_codebook(model.quantizer, patches, rounds, torch.Generator().manual_seed(args.seed))
     seconds, figures = time.time() - begin, evaluate(model, val_images, 64, run.device, run.workers)
     used, perplexity = codebook_usage(model.count(model.quantizer.search(patches)))
     return {**{f"val_{name}": value for name, value in figures.items()}, "train_utilization": used,
