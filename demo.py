@@ -284,7 +284,8 @@ def open_page(args, device):
     folder = args.generator or trained("out/ar")
     generator = load_generator(folder, device) if folder.is_dir() else sentence.format(folder, "ar")
     if not isinstance(generator, str) and type(generator[1]) is not vqrae.VQRAE:
-        raise InputError(f"the page draws with a VQRAE, and {folder} writes the codes of a {type(generator[1]).__name__}")
+        raise InputError(f"the page draws with a VQRAE, and {folder} writes the codes of a "
+                         f"{type(generator[1]).__name__}")
     folder = args.captioner or trained("out/caption")
     captioner = vqrae.Captioner.from_pretrained(folder).to(device) if folder.is_dir() else (
         sentence.format(folder, "caption"))

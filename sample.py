@@ -310,7 +310,7 @@ def add_command(commands, command, folder, split=None):
     parser = commands.add_parser(command.__name__, help=command.__doc__, description=command.__doc__)
     parser.set_defaults(function=command, folder=folder)
     add = parser.add_argument
-    add("--model", type=Path, help=f"folder that train.py wrote (default: {folder}, or the model that came with the code)")
+    add("--model", type=Path, help=f"folder that train.py wrote (default: {folder}, or what came with the code)")
     add("--device", default="auto", help="auto, cuda, mps or cpu")
     add("--out", type=Path, default=Path("out/pictures"), help="folder for the pictures")
     add("--batch-size", type=number(int), default=64)

@@ -222,8 +222,9 @@ def run_row(args, folder, seed, configs):
     result = read_json(stage_args.out / "summary.json")
     model, where = load_tokenizer(stage_args.out).to(run.device), {"device": run.device, "workers": run.workers}
     val_images = open_images(config.data, "val", config.image_size)
-    # Of features of the encoder before training: no row is judged by what it has made of them itself.
-    measured = evaluate(model, val_images, frechet_encoder=stage.teacher, **where)
+    # Of features of the encoder before training, read as sample.py does: no row is judged by what it has made of them.
+    encoder = vqrae.load_encoder(configs[0][1].encoder).to(run.device)
+    measured = evaluate(model, val_images, frechet_encoder=encoder, **where)
     if "frechet" in measured:
         result["val_frechet_teacher"] = measured["frechet"]
     if args.ablation == "codebook":
