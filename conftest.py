@@ -446,25 +446,31 @@ def log_of(folder):
             for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+def stopped_at(step, arguments):
+    """Train until the update of a step begins, and leave as if killed."""
+    class Stopped(Exception):
+        pass
+
+    update = Run.update
+
+    def stop(run):
+        if run.done == step:
+            raise Stopped
+        update(run)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(Run, "update", stop)
+        train.main(arguments)
+
+
 def assert_resume_is_exact(command, tmp_path):
     """Train once in one go and once with two interruptions; weights, checkpoint and log lines must be the same."""
     train.main(command)
     whole, parts = tmp_path / "run", tmp_path / "parts"
     arguments = command[:-1] + [str(parts), "--resume"]
 
-    class Stopped(Exception):
-        pass
-
-    update = Run.update
-    for stop_at in (2, 5):  # one before the first checkpoint, one between two checkpoints
-        def stop(run):
-            if run.done == stop_at:
-                raise Stopped
-            update(run)
-
-        with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
-            patch.setattr(Run, "update", stop)
-            train.main(arguments)
+    for step in (2, 5):  # one before the first checkpoint, one between two checkpoints
+        stopped_at(step, arguments)
     train.main(arguments)
     assert weights(parts) == weights(whole)
     assert log_of(parts) == log_of(whole)

@@ -8,8 +8,7 @@ import pytest
 from PIL import Image
 
 import train
-from conftest import weights
-from support.run import Run
+from conftest import stopped_at, weights
 
 PACKAGES = {"tensorboard": "tensorboard.backend.event_processing.event_accumulator",
             "trackio": "trackio.sqlite_storage"}
@@ -55,20 +54,6 @@ def entries_of_trackio(out):
                 yield key, line["step"], (MEDIA_DIR / value["file_path"]).read_bytes()
             elif key not in ("step", "timestamp"):
                 yield key, line["step"], value
-
-
-def stopped_at(step, arguments):
-    """Train until the update of a step begins, and leave as if killed."""
-    update = Run.update
-
-    def stop(run):
-        if run.done == step:
-            raise KeyboardInterrupt
-        update(run)
-
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(Run, "update", stop)
-        train.main(arguments)
 
 
 def figures(out):
