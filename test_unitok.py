@@ -602,11 +602,16 @@ def test_a_depth_head_around_a_language_model_keeps_all_it_knows(tmp_path):
     assert type(unitok.load_language_model(tmp_path / "lm")) is vqrae.VisualLM
 
 
-def test_a_generator_writes_for_the_tokenizer_inside_its_folder_or_for_the_one_that_is_shipped_beside_it(tmp_path):
+def test_a_generator_writes_for_the_tokenizer_in_its_folder_and_only_a_shipped_one_for_that_beside_it(tmp_path,
+                                                                                                      monkeypatch):
     text_lm(codebook_size=32, image_tokens=16).save_pretrained(tmp_path / "ar")
     small_model(codebook_size=32, seed=1).save_pretrained(tmp_path / "stage2")
     codes, own = torch.arange(16)[None], small_model(codebook_size=32, seed=2)
-    _, found = unitok.load_generator(tmp_path / "ar", "cpu")
+    with pytest.raises(InputError, match="no model at .*ar/vqrae"):
+        unitok.load_generator(tmp_path / "ar", "cpu")  # whoever trained stage2 anew has other codes there
+    with monkeypatch.context() as patch:
+        patch.setattr(unitok, "PRETRAINED", tmp_path)
+        _, found = unitok.load_generator(tmp_path / "ar", "cpu")
     assert torch.equal(found.decode(codes), small_model(codebook_size=32, seed=1).decode(codes))
     own.save_pretrained(tmp_path / "ar/vqrae")
     _, found = unitok.load_generator(tmp_path / "ar", "cpu")

@@ -19,7 +19,7 @@ from torch.distributed.nn.functional import all_gather
 
 import vqrae
 from presets import TrainingConfig
-from support.files import InputError, check_fields, load_model, read_json, save_model
+from support.files import PRETRAINED, InputError, check_fields, load_model, read_json, save_model
 from support.settings import setting
 from support.text import caption_of, load_text_tokenizer, train_text_tokenizer
 
@@ -591,11 +591,10 @@ def load_language_model(source):
 def load_generator(folder, device):
     """What `load_language_model` finds in a folder, and the tokenizer whose codes it writes.
 
-    That one is inside, in vqrae/, or beside it, in stage2/, as models that came with the code share one.
+    That one is inside, in vqrae/. The models that came with the code share one, which is beside it, in stage2/.
     """
-    own = Path(folder) / "vqrae"
-    beside = Path(folder).with_name("stage2")
-    place = own if own.is_dir() or not beside.is_dir() else beside
+    came_with_the_code = Path(folder).resolve().parent == PRETRAINED
+    place = Path(folder).with_name("stage2") if came_with_the_code else Path(folder) / "vqrae"
     lm, model = load_language_model(folder).to(device), load_tokenizer(place).to(device)
     if not writes_codes_of(lm, model):
         raise InputError(f"{folder} writes {lm.config.codebook_size} codes, {getattr(lm.config, 'codebooks', 1)} at a "

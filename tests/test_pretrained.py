@@ -13,7 +13,7 @@ from conftest import ROOT, module_of, small_model, text_lm
 from support.files import PRETRAINED, InputError
 from support.metrics import evaluate
 from support.sets import open_images
-from unitok import load_generator
+from unitok import load_generator, load_language_model, load_tokenizer
 
 prepare = module_of("data/pretrained/prepare.py")
 
@@ -35,7 +35,8 @@ def runs(tmp_path):
 def test_rounded_models_differ_from_the_trained_ones_by_what_half_precision_rounds(runs, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(prepare, "count_differences", lambda *_: None)
     prepare.main(["--runs", str(runs), "--out", str(tmp_path / "shipped"), "--device", "cpu"])
-    for model, rounded in zip(load_generator(runs / "ar", "cpu"), load_generator(tmp_path / "shipped/ar", "cpu")):
+    shipped = load_language_model(tmp_path / "shipped/ar"), load_tokenizer(tmp_path / "shipped/stage2")
+    for model, rounded in zip(load_generator(runs / "ar", "cpu"), shipped):
         for name, tensor in model.state_dict().items():
             assert torch.equal(rounded.state_dict()[name], tensor.half().float())
     for name in ("stage1", "stage2", "ar"):

@@ -67,7 +67,8 @@ def main(argv=None):
                 save_model(model.half(), args.out / name, getattr(model, "text", None))
         size = sum(path.stat().st_size for path in args.out.rglob("*") if path.is_file())
         print(f"{args.out}: {size / 1e6:.1f} MB")
-        count_differences(own, load_generator(args.out / "ar", device), device)
+        rounded = load_language_model(args.out / "ar").to(device), load_tokenizer(args.out / "stage2").to(device)
+        count_differences(own, rounded, device)
 
 
 if __name__ == "__main__":
