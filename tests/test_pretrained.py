@@ -10,8 +10,9 @@ import sample
 import train
 import vqrae
 from conftest import ROOT, module_of, small_model, text_lm
-from support.files import PRETRAINED, InputError
+from support.files import PRETRAINED, InputError, digest
 from support.metrics import evaluate
+from support.run import INIT
 from support.sets import open_images
 from unitok import load_generator, load_language_model, load_tokenizer
 
@@ -25,6 +26,9 @@ def runs(tmp_path):
         (tmp_path / "runs" / name).mkdir(parents=True)
         (tmp_path / "runs" / name / "summary.json").write_text(json.dumps({"stage": name}))
         (tmp_path / "runs" / name / "metrics.jsonl").write_text(json.dumps({"step": 1}) + "\n")
+    small_model(seed=4, codebook_size=32, codebook_dim=8).save_pretrained(tmp_path / "runs/stage1")
+    begun_with = digest((tmp_path / "runs/stage1/model.safetensors").read_bytes())
+    (tmp_path / "runs/stage2/summary.json").write_text(json.dumps({INIT: begun_with}))
     tokenizer = small_model(codebook_size=32, codebook_dim=8)
     tokenizer.save_pretrained(tmp_path / "runs/stage2")
     tokenizer.save_pretrained(tmp_path / "runs/ar/vqrae")
@@ -58,6 +62,8 @@ def test_codes_that_rounding_changes_are_counted(runs, capsys):
 @pytest.mark.parametrize("damage, sentence", [
     (lambda runs: small_model(seed=5, codebook_size=32, codebook_dim=8).save_pretrained(runs / "stage2"),
      "writes the codes of another tokenizer"),
+    (lambda runs: small_model(seed=5, codebook_size=32, codebook_dim=8).save_pretrained(runs / "stage1"),
+     "stage2 did not begin with the model in"),
     (lambda runs: (runs / "stage1/metrics.jsonl").unlink(), "stage1 has no metrics.jsonl")])
 def test_runs_that_do_not_belong_together_or_lack_their_log_are_one_sentence(damage, sentence, runs, tmp_path):
     damage(runs)

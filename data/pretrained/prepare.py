@@ -19,8 +19,8 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 from support.codes import codes_of  # noqa: E402
-from support.files import PRETRAINED, InputError, digest, replace_text, save_model  # noqa: E402
-from support.run import choose_device, one_sentence_errors  # noqa: E402
+from support.files import PRETRAINED, InputError, digest, read_json, replace_text, save_model  # noqa: E402
+from support.run import INIT, choose_device, one_sentence_errors  # noqa: E402
 from support.sets import open_images  # noqa: E402
 from support.text import caption_of  # noqa: E402
 from unitok import load_generator, load_language_model, load_tokenizer  # noqa: E402
@@ -57,6 +57,9 @@ def main(argv=None):
         tokenizer, own = load_tokenizer(args.runs / "stage2"), load_generator(args.runs / "ar", device)
         if digest(*tokenizer.state_dict().values()) != digest(*own[1].state_dict().values()):
             raise InputError(f"{args.runs}/ar writes the codes of another tokenizer than {args.runs}/stage2")
+        if read_json(args.runs / "stage2/summary.json").get(INIT) != digest(
+                (args.runs / "stage1/model.safetensors").read_bytes()):
+            raise InputError(f"{args.runs}/stage2 did not begin with the model in {args.runs}/stage1")
         runs = {"stage1": None, "stage2": tokenizer, "ar": load_language_model(args.runs / "ar")}
         for name, model in runs.items():
             for file in ("metrics.jsonl", "summary.json"):
