@@ -1,4 +1,4 @@
-"""VQRAE in one file, in the order of the paper (Du et al. 2025, arXiv 2511.23386).
+"""VQRAE in one file, section by section of the paper (Du et al. 2025, arXiv 2511.23386).
 
     images -> encoder E -> Linear d->e -> SimVQ codebook -> Linear e->d -> symmetric decoder D -> images
 
@@ -17,7 +17,6 @@ train.py's.
 import functools
 import itertools
 import math
-import re
 from dataclasses import dataclass, replace
 from numbers import Integral
 from pathlib import Path
@@ -30,7 +29,7 @@ from support.checks import (check_codes, check_form, check_images, check_prompts
                             number_in, rows_and_columns)
 from support.files import (InputError, check_fields, check_weights, load_model, read_config, save_model,
                            without_memory)
-from support.hub import IMAGENET, HubModel, hub_folder, qwen3_fields, read_checkpoint, vision_fields
+from support.hub import IMAGENET, HubModel, hub_folder, qwen3_fields, read_checkpoint, vision_fields, vision_weights
 from support.images import resize_to
 from support.metrics import codebook_usage, psnr  # noqa: F401  for whoever uses this file as a library
 from support.networks import convnext_small, lpips_vgg
@@ -190,10 +189,9 @@ class Encoder(nn.Module):
         return torch.cat([cls, grid.flatten(2).transpose(1, 2).to(cls.dtype)], dim=1)  # (1, [1 +] rows*columns, d)
 
     def hidden_states(self, images):
-        """Yield all tokens, class token and registers first, as they are after each block, before the last norm.
+        """Yield all tokens (B, [1 +] registers + N, d) as they are after each block, before the last norm.
 
-        Each is (B, [1 +] registers + N, d). Raises InputError for what is no images, or when their sides are not
-        multiples of the patch size.
+        Raises InputError for what is no images, or when their sides are not multiples of the patch size.
         """
         p = self.config.patch_size
         check_form(images)
@@ -220,7 +218,7 @@ class Encoder(nn.Module):
             check_images(images, most=0.5, wait=False)  # resizing goes beyond [0, 1], but not so far
         for x in self.hidden_states(images):  # (B, [1 +] registers + N, d), none kept but the last
             pass
-        x = self.norm(x) if self.config.final_norm == "tokens" else x  # a norm for "class" is only kept to be saved
+        x = self.norm(x) if self.config.final_norm == "tokens" else x  # the norm of "class" is for its reader
         return x[:, self.config.class_token + self.config.registers:]  # (B, N, d)
 
 
@@ -233,7 +231,7 @@ class VectorQuantizer(nn.Module):
     """Plain vector quantization (van den Oord et al. 2017): every code is a free parameter.
 
     Only the codes that some token chose receive a gradient. A code that no token chooses any more coasts on AdamW's
-    momentum and decay, and features go on moving away from it: that is how codebooks collapse.
+    momentum, and features go on moving away from it: that is how codebooks collapse.
     """
 
     def __init__(self, codebook_size, dim, beta=0.25, beta_side="commitment"):
@@ -358,10 +356,9 @@ def start_codebook(quantizer, z, steps=6, generator=None):
             break
         errors = (short - kmeans.codebook[indices]).pow(2).sum(1)  # (n,)
         centres = means_of(short, indices, counts)  # (K, r)
-        # A quarter of the tokens of our emoji are plain, most of these blank background, one like the other. Many codes
-        # are drawn from its copies, and all but one of them get no token. A code that serves a single odd token is lost
-        # once features move. So codes with little to do start again, each beside a code whose tokens lose most in all
-        # and are enough for two (Linde, Buzo and Gray 1980).
+        # Of codes drawn from copies of one token all but one get none, and a code that serves a single odd token is
+        # lost once features move. So codes with little to do start again, each beside a code whose tokens lose most in
+        # all and are enough for two (Linde, Buzo and Gray 1980).
         lost = torch.zeros(K, device=z.device).index_add_(0, indices, errors)  # (K,)
         lost[counts < 2 * few] *= 1e-6  # the last ones to be asked
         worst = lost.topk(int(weak.sum())).indices
@@ -575,9 +572,8 @@ class VQRAE(nn.Module, HubModel):
             minor = 0.1 if projection_init == "pixels" else 1.0
             self.start_projections(self.standardise(features), patches, generator, minor)
         if codebook_init == "data" and not isinstance(self.quantizer, NoQuantizer):
-            # Plain patches are many, and a decoder paints them alike whatever the encoder has to say of them. Left with
-            # all of them, k-means spends a fifth of the codes there, and those die first once the encoder trains.
-            # A few of them tell all of their colours.
+            # Plain patches are many and are painted alike, whatever the encoder says of them. Left with all, k-means
+            # spends a fifth of the codes there, and those die first once it trains. A few tell all of their colours.
             spread = patches.unflatten(1, (3, -1)).std(2).amax(1)  # (n,)
             kept = (spread > 0.01) | (torch.rand(len(spread), generator=generator).to(spread.device) < 0.03)
             if kept.sum() < self.config.codebook_size:
@@ -587,12 +583,10 @@ class VQRAE(nn.Module, HubModel):
     def start_projections(self, features, patches, generator, minor=0.1):
         """`--projection-init pixels`: squared distances of z are half those of features, half those of told pixels.
 
-        The nearest code is the one that loses least in this distance, and a distance among semantic features alone
-        spends codes on what no pixel shows. What features tell of the pixels of their own patch is read off by least
-        squares. Most directions tell next to nothing, but features vary along them more than along the others, and
-        would decide which code is the nearest: all but the weightiest third start at a tenth (`minor`) of their scale.
-        The way out starts as the pseudo-inverse of the way in without those at a tenth, so that the decoder meets
-        features from step 0 on.
+        A distance among semantic features alone would spend codes on what no pixel shows. What features tell of the
+        pixels of their own patch is read off by least squares. Most directions tell next to nothing, yet features vary
+        most along them: all but the weightiest third start at a tenth (`minor`) of their scale. The way out starts as
+        the pseudo-inverse of that third's way in, so that the decoder meets features from step 0 on.
         """
         features, patches = features.cpu(), patches.cpu()  # the one device that has all the solvers
         d, e = features.shape[1], self.config.codebook_dim
@@ -634,11 +628,10 @@ def unit(features, dim):
 class VFMPerceptual(nn.Module):
     """`--perceptual vfm`: L_P as the distance between the frozen encoder's own features of both images.
 
-    Needs no download and no convolution. LPIPS' recipe on tokens: after each of the first sixth of the blocks (what
-    later ones see is no better guide to pixels), scale each token to unit length, take squared differences; and before
-    the first block, those of the steps between neighbouring pixels, where an eye sees noise and seams that a pixel's
-    own value hardly shows. Encoder and decoder share one grid of patches, so a seam between two patches of the output
-    would fall between two patches of the encoder, unseen; therefore both images are cropped, at one random offset.
+    LPIPS' recipe on tokens, without download or convolution: behind each of the first sixth of the blocks (later ones
+    are no better guides to pixels), scale each token to unit length and take squared differences. Encoder and decoder
+    share one grid of patches, so the encoder would not see a seam between two: it is shown both images cropped, at one
+    random offset. Added are the steps between neighbouring pixels, where an eye sees noise and seams.
     """
 
     def __init__(self, encoder):
@@ -728,10 +721,9 @@ def hinge_loss(real, fake):
 
 
 def lecam_penalty(real, fake, real_average, fake_average):
-    """LeCam (Tseng et al. 2021): real logits should not rise far above the running average of fake ones, nor fake ones
-    fall far below that of real ones. It keeps a discriminator from winning outright when data are few.
+    """LeCam (Tseng et al. 2021), against a discriminator that wins outright where data are few: logits -> scalar.
 
-    Logits of any shape -> scalar.
+    Real logits should not rise far above the running average of fake ones, nor fake ones fall far below that of real.
     """
     return F.relu(real.mean() - fake_average).pow(2) + F.relu(real_average - fake.mean()).pow(2)
 
@@ -777,7 +769,7 @@ class Discriminator(nn.Module):
     def loss(self, real, fake, lecam_weight=0.001, over_ranks=lambda means: None):
         """What the discriminator minimises on originals and reconstructions, hinge + LeCam, and a dict of scalars.
 
-        LeCam looks at the mean logits of a whole batch. When several processes share a batch, `over_ranks` replaces
+        LeCam looks at mean logits. When several processes share a batch, `over_ranks` replaces
         each tensor of a list by its mean over the processes. `remember` is for afterwards.
         """
         real, fake = self(real), self(fake.detach())  # (B, 1, 16, 16)
@@ -959,7 +951,7 @@ class VisualLM(nn.Module, HubModel):
                 nn.init.normal_(module.weight, std=0.02)
 
     def transform(self, x, first=None, cache=None):
-        """What the blocks make of embedded tokens (B, n, d) -> (B, n, d), each seeing those to its left.
+        """What the blocks make of embedded tokens (B, n, d) -> (B, n, d), each seeing itself and those to its left.
 
         first (B,): where each sequence begins; what stands to the left of it is padding and seen by nobody. With a
         `cache`, the tokens stand behind those that it holds, which need not be given again.
@@ -1007,10 +999,7 @@ class VisualLM(nn.Module, HubModel):
         return tokens_of(self.text, caption)[:room] + [id_of(self.text, START_OF_IMAGE)]
 
     def pack(self, prompts, codes=None):
-        """Prompts, B lists of token ids, and codes (B, N) behind them -> tokens (B, n), and `first` (B,).
-
-        Prompts are padded on the left, so that images begin in one column.
-        """
+        """Prompts, B lists of ids padded on the left, and codes (B, N) behind them -> tokens (B, n), `first` (B,)."""
         longest, device = max(map(len, prompts)), self.embedding.weight.device
         tokens = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts], device=device)
         if codes is not None:
@@ -1020,8 +1009,8 @@ class VisualLM(nn.Module, HubModel):
     def generate(self, text, cfg_scale=1.0, temperature=1.0, top_k=0, top_p=1.0, seed=0, progress=iter):
         """Draw an image for each caption of the list `text`, "" for no caption -> codes (B, N), for `VQRAE.decode`.
 
-        A single caption may be a string. The options are those of `extend`; the same seed and captions draw the same
-        codes. Raises InputError for what is no caption, and for options with which nothing can be drawn.
+        A single caption may be a string. Options as in `extend`; the same seed and captions draw the same codes.
+        Raises InputError for what is no caption, and for options with which nothing can be drawn.
         """
         captions = list_of_texts(text)
         prompts = [self.prompt(caption) for caption in captions]
@@ -1224,8 +1213,7 @@ def hub_names(name, column):
 def load_encoder(source):
     """Load a vision encoder of FAMILIES: a folder in the hub's layout or a hub id, alone or inside a larger model.
 
-    A folder of a trained VQRAE gives the encoder inside it. Returns an Encoder in eval mode and float32. Raises
-    InputError when the source cannot be had or does not fit.
+    A folder of a trained VQRAE gives the encoder inside it. In eval mode and float32; InputError if it does not fit.
     """
     folder = hub_folder(source)
     path = folder / "config.json"
@@ -1235,24 +1223,11 @@ def load_encoder(source):
             {"encoder": Encoder(ViTConfig(**saved["encoder"]))}))["encoder"]
     fields = vision_fields(hub, path, {kind: family[2:] for kind, family in FAMILIES.items()}, ACTIVATIONS)
     sizes = without_memory(path, "an encoder", lambda: Encoder(ViTConfig(**fields)))
-    column, weights, expected = FAMILIES[sizes.config.family][0], {}, sizes.state_dict()
-    # Inside a larger model the encoder's names have a prefix, and so has everything else another one.
-    theirs = {re.sub(r"^(model\.)?((vision_model|vision_tower)\.)*", "", name): tensor
-              for name, tensor in read_checkpoint(folder).items()}
-    if column == 1:  # recent versions of transformers have other names for DINOv2 in memory; someone may have kept them
-        for new, old in (("q_proj", "attention.query"), ("k_proj", "attention.key"), ("v_proj", "attention.value"),
-                         ("o_proj", "output.dense")):
-            theirs = {name.replace(f"attention.{new}", f"attention.{old}"): tensor for name, tensor in theirs.items()}
-    for name, ours in expected.items():
-        names = hub_names(name, column)
-        missing = [part for part in names if part not in theirs]
-        if missing:
-            raise InputError(f"the weights in {folder} have no tensor {missing[0]!r}")
-        if any(theirs[part].shape[1:] != theirs[names[0]].shape[1:] or not theirs[part].dim() for part in names):
-            raise InputError(f"the weights in {folder}: tensors {', '.join(map(repr, names))} do not fit together")
-        weights[name] = torch.cat([theirs[part] for part in names])
-        if name in ("cls_token", "positions") and weights[name].numel() == ours.numel():
-            weights[name] = weights[name].reshape(ours.shape)  # some families store them without the batch dimension
+    column, expected = FAMILIES[sizes.config.family][0], sizes.state_dict()
+    weights = vision_weights(folder, {name: hub_names(name, column) for name in expected}, dinov2=column == 1)
+    for name in ("cls_token", "positions"):  # some families store them without the batch dimension
+        if name in expected and weights[name].numel() == expected[name].numel():
+            weights[name] = weights[name].reshape(expected[name].shape)
     check_weights(expected, weights, folder)
     encoder = Encoder(sizes.config)
     encoder.load_state_dict(weights)
@@ -1261,13 +1236,10 @@ def load_encoder(source):
 
 def qwen3_name(name):
     """The name that Qwen3 checkpoints on the hub use for our parameter `name`."""
-    for ours, theirs in (("embedding.", "embed_tokens."), ("blocks.", "layers."),
-                         ("attention.q_norm", "self_attn.q_norm"), ("attention.k_norm", "self_attn.k_norm"),
-                         ("attention.out.", "self_attn.o_proj."),
-                         ("attention.q.", "self_attn.q_proj."), ("attention.k.", "self_attn.k_proj."),
-                         ("attention.v.", "self_attn.v_proj."), ("norm1.", "input_layernorm."),
-                         ("norm2.", "post_attention_layernorm."), (".gate.", ".mlp.gate_proj."),
-                         (".up.", ".mlp.up_proj."), (".down.", ".mlp.down_proj.")):
+    for ours, theirs in (("embedding.", "embed_tokens."), ("blocks.", "layers."), ("attention.", "self_attn."),
+                         (".q.", ".q_proj."), (".k.", ".k_proj."), (".v.", ".v_proj."), (".out.", ".o_proj."),
+                         ("norm1.", "input_layernorm."), ("norm2.", "post_attention_layernorm."),
+                         (".gate.", ".mlp.gate_proj."), (".up.", ".mlp.up_proj."), (".down.", ".mlp.down_proj.")):
         name = name.replace(ours, theirs)
     return "model." + name
 
@@ -1275,9 +1247,8 @@ def qwen3_name(name):
 def load_qwen3(source, codebook_size, image_tokens=0):
     """A VisualLM from a Qwen3 checkpoint, a folder in the hub's layout or a hub id, with rows for K codes appended.
 
-    All rows of the text embedding stay, padding included, so code k is token vocab_size + k. The new rows start as
-    Qwen3's own did, N(0, 0.02^2). Its text tokenizer comes along. Raises InputError when the source cannot be had or
-    is no Qwen3 with tied embeddings.
+    All rows of the text embedding stay, padding included, so code k is token vocab_size + k. New rows start as Qwen3's
+    own did, N(0, 0.02^2). Its text tokenizer comes along. InputError for what is no Qwen3 with tied embeddings.
     """
     folder = hub_folder(source)
     path = folder / "config.json"

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from itertools import takewhile
 from pathlib import Path
 
+import torch
 from huggingface_hub import PyTorchModelHubMixin, snapshot_download
 
 from support.files import InputError, read_config, read_safetensors, save_model
@@ -163,6 +164,30 @@ def read_checkpoint(folder):
         if Path(name).name != name:
             raise InputError(f"{index} names the file {name!r}, which is not in its folder")
         weights.update(read_safetensors(folder / name))
+    return weights
+
+
+def vision_weights(folder, names, dinov2=False):
+    """The tensors of a vision encoder, alone or inside a larger model, by our names.
+
+    names: our name to what a tensor is called there, or what its parts are, which are stacked. Raises InputError when
+    one is missing or parts do not fit together.
+    """
+    # Inside a larger model the encoder's names have a prefix, and so has everything else another one.
+    theirs = {re.sub(r"^(model\.)?((vision_model|vision_tower)\.)*", "", name): tensor
+              for name, tensor in read_checkpoint(folder).items()}
+    if dinov2:  # recent versions of transformers have other names for it in memory; someone may have kept them
+        for new, old in (("q_proj", "attention.query"), ("k_proj", "attention.key"), ("v_proj", "attention.value"),
+                         ("o_proj", "output.dense")):
+            theirs = {name.replace(f"attention.{new}", f"attention.{old}"): tensor for name, tensor in theirs.items()}
+    weights = {}
+    for ours, parts in names.items():
+        missing = [part for part in parts if part not in theirs]
+        if missing:
+            raise InputError(f"the weights in {folder} have no tensor {missing[0]!r}")
+        if any(theirs[part].shape[1:] != theirs[parts[0]].shape[1:] or not theirs[part].dim() for part in parts):
+            raise InputError(f"the weights in {folder}: tensors {', '.join(map(repr, parts))} do not fit together")
+        weights[ours] = torch.cat([theirs[part] for part in parts])
     return weights
 
 
