@@ -277,9 +277,10 @@ def page_of(studio, generator, captioner):
 def open_page(args, device):
     """The page of the models that the flags name."""
     sentence = "There is no model in {}; `python train.py --stage {}` makes one."
-    model = vqrae.VQRAE.from_pretrained(args.model or trained("out/stage2")).to(device)
+    folder = args.model or trained("out/stage2")
+    model = vqrae.VQRAE.from_pretrained(folder).to(device)
     if model.config.quantizer == "none":
-        raise InputError(f"the model in {args.model} has no codes to play with (--quantizer none)")
+        raise InputError(f"the model in {folder} has no codes to play with (--quantizer none)")
     images, training = (open_images(args.data, split, model.config.image_size) for split in ("val", "train"))
     folder = args.generator or trained("out/ar")
     generator = load_generator(folder, device) if folder.is_dir() else sentence.format(folder, "ar")

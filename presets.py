@@ -141,7 +141,7 @@ TINY_LM = dict(qwen3=None, text_vocabulary=1024, width=256, depth=6, heads=4, kv
                data=TINY.data, accumulate=1, muon_learning_rate=0.0, max_grad_norm=1.0, warmup_steps=100,
                end_factor=0.01, adam_epsilon=1e-15)
 
-# Table 7, with the README's decisions where it is silent, among them how codebook and projections start.
+# Table 7, with our decisions (docs/paper.md) where it is silent, among them how codebook and projections start.
 PAPER_1 = replace(
     TINY,
     data=str(ROOT / "data/photos"),

@@ -1,6 +1,6 @@
 """What semantics cost: the same tokenizer around the encoder's features, around raw pixels, and without any network.
 
-    python experiments/semantics.py             # four rows, about 15 minutes; goes on where it stopped
+    python experiments/semantics.py             # four rows, about 25 minutes; goes on where it stopped
     python experiments/semantics.py --rows k-means pixels    # some of them
 
     k-means         every patch becomes the nearest of K centres of training patches: vector quantization of 1980
