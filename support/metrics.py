@@ -161,10 +161,11 @@ def fit_reading(model, images, batch_size=64, device="cpu", workers=0):
     """
     squares = products = 0
     for x in images.views(batch_size, device, workers):
-        out = model(x)
-        codes = F.pad(out.z_q, (0, 1), value=1.0).flatten(0, 1).cpu().double()  # (B * N, e + 1)
+        features = model.encoder(x)  # (B, N, d)
+        z_q, *_ = model.quantizer(model.project_features(features))  # (B, N, e)
+        codes = F.pad(z_q, (0, 1), value=1.0).flatten(0, 1).cpu().double()  # (B * N, e + 1)
         squares = squares + codes.T @ codes  # (e + 1, e + 1)
-        products = products + codes.T @ out.features.flatten(0, 1).cpu().double()  # (e + 1, d)
+        products = products + codes.T @ features.flatten(0, 1).cpu().double()  # (e + 1, d)
     reading = torch.linalg.pinv(squares, hermitian=True, rtol=1e-9) @ products  # (e + 1, d)
     model.reading.copy_(reading.to(model.reading.dtype))  # first, for mps knows no float64
 
