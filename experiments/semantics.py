@@ -89,9 +89,9 @@ def without_decoder(model, train_images, val_images, device, workers):
         for x in images.views(64, device, workers):
             yield x, F.unfold(x, p, stride=p).transpose(1, 2), model.encode(x)[1]
 
-    def around(means, indices, rows):  # (B, N, 9*3*p*p + 1)
+    def around(means, indices, rows):  # (B, N, 9*3*p*p + 1); in float64, for plain patches are many and all alike
         grid = means[indices].transpose(1, 2).unflatten(2, (rows, -1))  # (B, 3*p*p, rows, columns)
-        return F.pad(F.unfold(grid, 3, padding=1).transpose(1, 2), (0, 1), value=1.0)
+        return F.pad(F.unfold(grid, 3, padding=1).transpose(1, 2), (0, 1), value=1.0).cpu().double()
 
     sums, counts = 0.0, 0
     for _, patches, indices in tokens(train_images):
@@ -100,11 +100,11 @@ def without_decoder(model, train_images, val_images, device, workers):
     means, products, targets = sums / counts.clamp(min=1)[:, None], 0.0, 0.0  # (K, 3*p*p)
     for x, patches, indices in tokens(train_images):
         seen = around(means, indices, x.shape[2] // p).flatten(0, 1)
-        products, targets = products + seen.T @ seen, targets + seen.T @ patches.flatten(0, 1)
-    solution = torch.linalg.solve(products + torch.eye(len(products), device=device), targets)  # (9*3*p*p + 1, 3*p*p)
+        products, targets = products + seen.T @ seen, targets + seen.T @ patches.flatten(0, 1).cpu().double()
+    solution = torch.linalg.solve(products + torch.eye(len(products)), targets)  # (9*3*p*p + 1, 3*p*p)
     scores = {"own_code_psnr": [], "nine_codes_psnr": []}
     for x, _, indices in tokens(val_images):
-        painted = means[indices], around(means, indices, x.shape[2] // p) @ solution  # (B, N, 3*p*p) each
+        painted = means[indices], (around(means, indices, x.shape[2] // p) @ solution).to(x)  # (B, N, 3*p*p) each
         for values, patches in zip(scores.values(), painted):
             values.append(psnr(x, eight_bits(F.fold(patches.transpose(1, 2), x.shape[2:], p, stride=p))))
     return {name: torch.cat(values).mean().item() for name, values in scores.items()}
