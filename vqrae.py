@@ -218,7 +218,7 @@ class Encoder(nn.Module):
             check_images(images, most=0.5, wait=False)  # resizing goes beyond [0, 1], but not so far
         for x in self.hidden_states(images):  # (B, [1 +] registers + N, d), none kept but the last
             pass
-        x = self.norm(x) if self.config.final_norm == "tokens" else x  # the norm of "class" is for its reader
+        x = self.norm(x) if self.config.final_norm == "tokens" else x  # "class": readers apply it
         return x[:, self.config.class_token + self.config.registers:]  # (B, N, d)
 
 
@@ -573,7 +573,7 @@ class VQRAE(nn.Module, HubModel):
             self.start_projections(self.standardise(features), patches, generator, minor)
         if codebook_init == "data" and not isinstance(self.quantizer, NoQuantizer):
             # Plain patches are many and are painted alike, whatever the encoder says of them. Left with all, k-means
-            # spends a fifth of the codes there, and those die first once it trains. A few tell all of their colours.
+            # spends a fifth of the codes there, and those die first once the encoder trains. A few tell all colours.
             spread = patches.unflatten(1, (3, -1)).std(2).amax(1)  # (n,)
             kept = (spread > 0.01) | (torch.rand(len(spread), generator=generator).to(spread.device) < 0.03)
             if kept.sum() < self.config.codebook_size:
@@ -769,8 +769,8 @@ class Discriminator(nn.Module):
     def loss(self, real, fake, lecam_weight=0.001, over_ranks=lambda means: None):
         """What the discriminator minimises on originals and reconstructions, hinge + LeCam, and a dict of scalars.
 
-        LeCam looks at mean logits. When several processes share a batch, `over_ranks` replaces
-        each tensor of a list by its mean over the processes. `remember` is for afterwards.
+        LeCam looks at mean logits. When several processes share a batch, `over_ranks` replaces each tensor of a list by
+        its mean over the processes. `remember` is for afterwards.
         """
         real, fake = self(real), self(fake.detach())  # (B, 1, 16, 16)
         hinge, means = hinge_loss(real, fake), [real.mean(), fake.mean()]
